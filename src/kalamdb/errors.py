@@ -1,0 +1,141 @@
+"""The error tree. The class says what the caller should do, the message what happened.
+
+    KalamDbError
+    ├── InvalidRequest          the request itself is wrong; repeating it cannot help
+    ├── NotFound                a named object does not exist
+    ├── Conflict                the request collides with what is stored
+    │   ├── UniqueViolation     a primary key exists already
+    │   ├── TransactionConflict another writer came first; run the transaction again
+    │   └── IdempotencyConflict an active job has the key; `.job` is that job
+    ├── Denied                  the caller may not do this
+    ├── LimitExceeded           a named limit was hit
+    ├── Timeout                 a deadline passed
+    ├── Unavailable             the database cannot do this now; later it may
+    │   └── DirectoryLocked     another process holds the directory; `.pid` is that process
+    ├── Closed                  the object was closed
+    ├── LeaseLost               the job no longer holds its lease
+    ├── Corrupt                 stored bytes are damaged; the message names the file
+    └── Internal                our own mistake
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+
+class KalamDbError(Exception):
+    """Root of all errors that this package raises on purpose."""
+
+    code: ClassVar[str] = "INTERNAL"
+    http_status: ClassVar[int] = 500
+    retryable: ClassVar[bool] = False
+
+
+class InvalidRequest(KalamDbError):
+    """The request is malformed or breaks a rule of the schema."""
+
+    code = "INVALID_REQUEST"
+    http_status = 400
+
+
+class NotFound(KalamDbError):
+    """A named object does not exist."""
+
+    code = "NOT_FOUND"
+    http_status = 404
+
+
+class Conflict(KalamDbError):
+    """The request collides with what is stored."""
+
+    code = "CONFLICT"
+    http_status = 409
+
+
+class UniqueViolation(Conflict):
+    """A row with this primary key exists already."""
+
+    code = "UNIQUE_VIOLATION"
+
+
+class TransactionConflict(Conflict):
+    """Another writer changed what this transaction read or wrote; run it again."""
+
+    code = "TRANSACTION_CONFLICT"
+    retryable = True
+
+
+class IdempotencyConflict(Conflict):
+    """An active job holds this idempotency key; `job` is that job."""
+
+    code = "IDEMPOTENCY_CONFLICT"
+
+    def __init__(self, message: str, job: Any = None) -> None:
+        super().__init__(message)
+        self.job = job
+
+
+class Denied(KalamDbError):
+    """The caller may not do this."""
+
+    code = "PERMISSION_DENIED"
+    http_status = 403
+
+
+class LimitExceeded(KalamDbError):
+    """A named limit was hit; the message names it and its value."""
+
+    code = "LIMIT_EXCEEDED"
+    http_status = 400
+
+
+class Timeout(KalamDbError):
+    """A deadline passed before the work was done."""
+
+    code = "TIMEOUT"
+    http_status = 408
+    retryable = True
+
+
+class Unavailable(KalamDbError):
+    """The database cannot do this now; a later attempt may succeed."""
+
+    code = "UNAVAILABLE"
+    http_status = 503
+    retryable = True
+
+
+class DirectoryLocked(Unavailable):
+    """Another process holds the data directory; `pid` is that process, when known."""
+
+    code = "DIRECTORY_LOCKED"
+
+    def __init__(self, message: str, pid: int | None = None) -> None:
+        super().__init__(message)
+        self.pid = pid
+
+
+class Closed(KalamDbError):
+    """The database, session or result was closed, or belongs to another process after fork()."""
+
+    code = "CLOSED"
+    http_status = 503
+
+
+class LeaseLost(KalamDbError):
+    """The job that asked no longer holds its lease; nothing was written."""
+
+    code = "LEASE_LOST"
+    http_status = 409
+
+
+class Corrupt(KalamDbError):
+    """Stored bytes are damaged; the message names the file."""
+
+    code = "CORRUPT"
+
+
+class Internal(KalamDbError):
+    """A mistake of this package; please report it with the message."""
+
+    code = "INTERNAL"

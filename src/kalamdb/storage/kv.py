@@ -1,0 +1,612 @@
+"""What a commit means, over any ordered key-value store.
+
+RocksDB and memory differ in how they keep bytes (`OrderedKv`); expectations, `_seq`, watermarks, fences
+and group commit are the same and live here.
+
+Keys: one byte of space, then
+    META     name
+    RECORD   record key                       value: version (8) + bytes
+    ROW      table uid (8), row key           value: _seq (8), flags (1), payload
+    STREAM   table uid (8), bucket (8), scope prefix, _seq (8)
+    OUTCOME  idempotency key                  value: time (8) + encoded commit
+    JOB...   see job_index
+"""
+
+from __future__ import annotations
+
+import struct
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from enum import IntEnum
+import msgspec
+
+from kalamdb.clock import Clock, seq_at_ms
+from kalamdb.errors import Closed, Internal, KalamDbError, Unavailable
+from kalamdb.storage import (
+    ABSENT,
+    ANY,
+    PRESENT,
+    Batch,
+    Commit,
+    CommitObserver,
+    ExpectationFailed,
+    HotRow,
+    Record,
+    RecordKind,
+    RecordOp,
+    Retire,
+    RowOp,
+    Snapshot,
+    StreamRow,
+    keys,
+    record_key,
+    record_prefix,
+)
+from kalamdb.storage.job_index import JobIndex
+from kalamdb.storage.ordered import KvReader, OrderedKv, Range, Write
+from kalamdb.types import RowFlags, Scope, Seq, TableUid
+
+
+class Space(IntEnum):
+    """First byte of each key."""
+
+    META = 1
+    RECORD = 2
+    ROW = 3
+    STREAM = 4
+    OUTCOME = 5
+
+
+_META = bytes([Space.META])
+_RECORD = bytes([Space.RECORD])
+_ROW = bytes([Space.ROW])
+_STREAM = bytes([Space.STREAM])
+_OUTCOME = bytes([Space.OUTCOME])
+_LAST_SEQ = _META + b"last_seq"
+_ROW_HEADER = struct.Struct(">QB")
+_NUMBER = struct.Struct(">Q")
+_NUMBER_BLOCK = 1024
+_OUTCOME_KEPT_MS = 24 * 3_600_000
+_OUTCOME_PRUNE_EVERY = 1000
+
+def _table_key(uid: TableUid) -> bytes:
+    return _NUMBER.pack(uid)
+
+
+def _row_range(uid: TableUid, start: bytes = b"", end: bytes | None = None) -> Range:
+    prefix = _ROW + _table_key(uid)
+    if end is not None:
+        return prefix + start, prefix + end
+    above = keys.prefix_end(prefix)
+    assert above is not None
+    return prefix + start, above
+
+
+class Reader:
+    """Typed reads over raw ones; a `Snapshot` when the raw reader is one."""
+
+    def __init__(self, kv: KvReader, seq: Seq, watermarks: Mapping[TableUid, Seq]) -> None:
+        self._kv = kv
+        self.seq = seq
+        self._watermarks = watermarks
+
+    def records(self, wanted: Sequence[bytes]) -> list[Record | None]:
+        """See Snapshot."""
+        return [_record(value) for value in self._kv.get_many([_RECORD + key for key in wanted])]
+
+    def scan_records(
+        self, start: bytes, end: bytes, *, reverse: bool = False, limit: int | None = None
+    ) -> Iterator[tuple[bytes, Record]]:
+        """See Snapshot."""
+        for at, (key, value) in enumerate(self._kv.scan(_RECORD + start, _RECORD + end, reverse=reverse)):
+            if limit is not None and at >= limit:
+                return
+            record = _record(value)
+            assert record is not None
+            yield key[1:], record
+
+    def rows(self, table: TableUid, row_keys: Sequence[bytes]) -> list[HotRow | None]:
+        """See Snapshot."""
+        prefix, watermark = _ROW + _table_key(table), self.watermark(table)
+        values = self._kv.get_many([prefix + key for key in row_keys])
+        return [_hot_row(key, value, watermark) for key, value in zip(row_keys, values, strict=True)]
+
+    def hot(
+        self, table: TableUid, scope: Scope | None = None, *, after_key: bytes = b"", chunk_rows: int = 4096
+    ) -> Iterator[list[HotRow]]:
+        """See Snapshot."""
+        watermark = self.watermark(table)
+        first, last = b"", None
+        if scope is not None:
+            first = keys.scope_prefix(scope)
+            last = keys.prefix_end(first)
+        if after_key >= first and after_key:
+            first = after_key + b"\x00"
+        chunk: list[HotRow] = []
+        for key, value in self._kv.scan(*_row_range(table, first, last)):
+            row = _hot_row(key[9:], value, watermark)
+            if row is None:
+                continue
+            chunk.append(row)
+            if len(chunk) >= chunk_rows:
+                yield chunk
+                chunk = []
+        if chunk:
+            yield chunk
+
+    def stream(
+        self, table: TableUid, scope: Scope | None = None, *, from_bucket: int = 0, chunk_rows: int = 4096
+    ) -> Iterator[list[StreamRow]]:
+        """See Snapshot."""
+        chunk: list[StreamRow] = []
+        for bucket in self.buckets(table):
+            if bucket < from_bucket:
+                continue
+            prefix = _STREAM + _table_key(table) + _NUMBER.pack(bucket)
+            if scope is not None:
+                prefix += keys.scope_prefix(scope)
+            end = keys.prefix_end(prefix)
+            assert end is not None
+            for key, value in self._kv.scan(prefix, end):
+                owner, _ = keys.split_row_key(key[17:])
+                chunk.append(StreamRow(owner, _NUMBER.unpack(key[-8:])[0], value))
+                if len(chunk) >= chunk_rows:
+                    yield chunk
+                    chunk = []
+        if chunk:
+            yield chunk
+
+    def buckets(self, table: TableUid) -> list[int]:
+        """See Snapshot."""
+        prefix = _STREAM + _table_key(table)
+        end = keys.prefix_end(prefix)
+        assert end is not None
+        found: list[int] = []
+        start = prefix
+        while True:
+            first = next(iter(self._kv.scan(start, end)), None)
+            if first is None:
+                return found
+            bucket: int = _NUMBER.unpack(first[0][9:17])[0]
+            found.append(bucket)
+            start = prefix + _NUMBER.pack(bucket + 1)
+
+    def watermark(self, table: TableUid) -> Seq:
+        """See Snapshot."""
+        return self._watermarks.get(table, 0)
+
+
+def _record(value: bytes | None) -> Record | None:
+    return None if value is None else Record(_NUMBER.unpack_from(value)[0], value[8:])
+
+
+def _hot_row(key: bytes, value: bytes | None, watermark: Seq) -> HotRow | None:
+    if value is None:
+        return None
+    seq, flags = _ROW_HEADER.unpack_from(value)
+    return HotRow(key, seq, RowFlags(flags), value[9:]) if seq > watermark else None
+
+
+class KvBackend:
+    """`StorageBackend` over an `OrderedKv`. `durability` is "commit" (each commit waits for the disk) or
+    "os" (only commits that name files do). `on_close` runs last in close()."""
+
+    def __init__(self, kv: OrderedKv, clock: Clock, *, durability: str = "commit", node_id: int = 0) -> None:
+        self.caps = kv.caps
+        self._kv = kv
+        self._clock = clock
+        self._durable_always = durability == "commit"
+        self._node_bits = (node_id & 0x3FF) << 12
+        self._lock = threading.RLock()
+        self._observers: list[CommitObserver] = []
+        self._closed = False
+        self._failure: str | None = None
+        stored = kv.get(_LAST_SEQ)
+        self._last: Seq = _NUMBER.unpack(stored)[0] if stored else 0
+        self._opened_at = self._last
+        self._heads: dict[TableUid, Seq] = {}
+        self._watermarks: dict[TableUid, Seq] = {}
+        self._removals: dict[TableUid, bytes] = {}
+        for key, value in kv.scan(*_record_range(RecordKind.WATERMARK)):
+            self._watermarks[_uid_of(key)] = _NUMBER.unpack(value[8:])[0]
+        for key, _ in kv.scan(*_record_range(RecordKind.REMOVAL)):
+            self._removals[_uid_of(key)] = b""
+        self._numbers: dict[str, tuple[int, int]] = {}
+        self._commits = 0
+        self._committer = _Committer(kv, self._fail)
+        self._jobs = JobIndex(kv, clock, self._lock, self._commit_jobs)
+
+    @property
+    def jobs(self) -> JobIndex:
+        """Reading and claiming jobs."""
+        return self._jobs
+
+    def now_ms(self) -> int:
+        """The clock of this process."""
+        return self._clock.now_ms()
+
+    @contextmanager
+    def snapshot(self) -> Iterator[Snapshot]:
+        """See StorageBackend."""
+        with self._lock:
+            self._check_open()
+            raw = self._kv.snapshot()
+            reader = Reader(raw, self._last, dict(self._watermarks))
+        try:
+            yield reader
+        finally:
+            raw.close()
+
+    def latest(self) -> Snapshot:
+        """See StorageBackend."""
+        self._check_open()
+        return Reader(self._kv, self._last, self._watermarks)
+
+    def head(self) -> Seq:
+        """See StorageBackend."""
+        return self._last
+
+    def observe(self, observer: CommitObserver) -> None:
+        """See StorageBackend."""
+        with self._lock:
+            self._observers.append(observer)
+
+    def commit(self, batch: Batch) -> Commit:
+        """See StorageBackend."""
+        with self._lock:
+            self._check_writable()
+            known = self._known_outcome(batch.idempotency_key)
+            if known is not None:
+                return known
+            self._check(batch)
+            last = self._last
+            first = self._next_seq()
+            seqs = list(range(first, first + len(batch.rows)))
+            seq = max(first, first + len(batch.rows) + batch.reserve - 1)
+            writes: list[Write] = []
+            ranges: list[Range] = []
+            replaced = self._stage_rows(batch.rows, seqs, writes)
+            for op in batch.records:
+                self._stage_record(op, seq, writes)
+            for retire in batch.retire:
+                self._stage_retire(retire, seq, writes)
+            self._stage_deletes(batch, writes, ranges)
+            staged = self._jobs.stage(batch.jobs, self._clock.now_ms(), writes)
+            commit = Commit(seq, seqs, replaced, staged.ids)
+            if batch.idempotency_key is not None:
+                writes.append((_OUTCOME + batch.idempotency_key.encode(), self._encode_outcome(commit)))
+            writes.append((_LAST_SEQ, _NUMBER.pack(seq)))
+            self._write(writes, ranges)
+            assert seq > last
+            self._last = seq
+            staged.apply()
+            self._follow(batch, commit)
+        return commit
+
+    def wait_durable(self, commit: Commit, *, names_files: bool = False) -> None:
+        """See StorageBackend."""
+        if self._durable_always or names_files:
+            self._committer.wait()
+            self._check_failure()
+
+    def outcome(self, key: str) -> Commit | None:
+        """See StorageBackend."""
+        self._check_open()
+        return self._known_outcome(key)
+
+    def next_numbers(self, name: str, count: int = 1) -> int:
+        """See StorageBackend."""
+        with self._lock:
+            self._check_writable()
+            following, end = self._numbers.get(name, (0, 0))
+            key = _META + b"number:" + name.encode()
+            if following + count > end or not end:
+                stored = self._kv.get(key)
+                start = _NUMBER.unpack(stored)[0] if stored else 1
+                following = max(following, start) if end else start
+                end = following + max(count, _NUMBER_BLOCK)
+                self._write([(key, _NUMBER.pack(end))], [])
+            self._numbers[name] = (following + count, end)
+            return following
+
+    def remove_retired(self, rows_max: int = 1000) -> bool:
+        """See StorageBackend."""
+        with self._lock:
+            self._check_writable()
+            if not self._removals:
+                return False
+            uid, cursor = next(iter(self._removals.items()))
+            watermark = self._watermarks.get(uid, 0)
+            done = [(_RECORD + record_key(RecordKind.REMOVAL, uid), None)]
+            if uid in self._heads and self._heads[uid] <= watermark:
+                self._write(done, [_row_range(uid)])
+                del self._removals[uid]
+                return bool(self._removals)
+        dead: list[bytes] = []
+        last = cursor
+        more = False
+        for seen, (key, value) in enumerate(self._kv.scan(*_row_range(uid, cursor))):
+            if seen >= rows_max:
+                more = True
+                break
+            last = key[9:]
+            if _ROW_HEADER.unpack_from(value)[0] <= watermark:
+                dead.append(key)
+        with self._lock:
+            self._check_writable()
+            if uid not in self._removals:
+                return bool(self._removals)
+            values = self._kv.get_many(dead)
+            writes: list[Write] = [
+                (key, None)
+                for key, value in zip(dead, values, strict=True)
+                if value is not None and _ROW_HEADER.unpack_from(value)[0] <= watermark
+            ]
+            if more:
+                self._removals[uid] = last
+            elif self._watermarks.get(uid, 0) == watermark:
+                writes += done
+                del self._removals[uid]
+            else:
+                self._removals[uid] = b""
+            self._write(writes, [])
+            return bool(self._removals)
+
+    def stats(self) -> Mapping[str, int]:
+        """See StorageBackend."""
+        self._check_open()
+        return {
+            **self._kv.stats(),
+            "commits": self._commits,
+            "commit_groups": self._committer.groups,
+            "removals_pending": len(self._removals),
+        }
+
+    def close(self) -> None:
+        """See StorageBackend."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        self._committer.stop()
+        self._kv.close()
+
+    # Checking
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise Closed("the database is closed; open it again")
+
+    def _check_failure(self) -> None:
+        if self._failure is not None:
+            raise Unavailable(
+                f"writes are refused since a commit failed: {self._failure}; mend the cause, then close and open the database"
+            )
+
+    def _check_writable(self) -> None:
+        self._check_open()
+        self._check_failure()
+
+    def _fail(self, cause: str) -> None:
+        self._failure = self._failure or cause
+
+    def _write(self, writes: Sequence[Write], ranges: Sequence[Range]) -> None:
+        try:
+            self._kv.write(writes, ranges)
+        except KalamDbError as exc:
+            self._fail(str(exc))
+            raise
+
+    def _check(self, batch: Batch) -> None:
+        for op in batch.records:
+            self._check_record(op)
+        for table, since in batch.quiet:
+            head = self._heads.get(table, self._opened_at)
+            if head > since:
+                raise ExpectationFailed(
+                    f"table {table} was written at {head}, after {since}", what="quiet", table=table, found=head
+                )
+        if batch.rows:
+            self._check_rows(batch)
+        for retire in batch.retire:
+            if retire.watermark < self._watermarks.get(retire.table, 0):
+                raise Internal(f"the watermark of table {retire.table} cannot move back to {retire.watermark}")
+
+    def _check_record(self, op: RecordOp) -> None:
+        if op.expect == ANY:
+            return
+        stored = self._kv.get(_RECORD + op.key)
+        version = _NUMBER.unpack_from(stored)[0] if stored is not None else ABSENT
+        holds = version != ABSENT if op.expect == PRESENT else version == op.expect
+        if not holds:
+            kind = RecordKind(op.key[0]).name.lower()
+            raise ExpectationFailed(
+                f"a {kind} record is at version {version}, expected {_expected(op.expect)}", what="record", key=op.key, found=version
+            )
+
+    def _check_rows(self, batch: Batch) -> None:
+        checked = [(at, op) for at, op in enumerate(batch.rows) if op.bucket is None]
+        if len({(op.table, op.key) for _, op in checked}) != len(checked):
+            raise Internal("a batch writes one row twice")
+        stored = self._kv.get_many([_ROW + _table_key(op.table) + op.key for _, op in checked])
+        manifests: dict[TableUid, Seq] = {}
+        self._found: list[Seq] = [0] * len(batch.rows)
+        for (at, op), value in zip(checked, stored, strict=True):
+            if value is not None:
+                seq, flags = _ROW_HEADER.unpack_from(value)
+                self._found[at] = seq
+                if op.expect not in (ANY, seq):
+                    raise ExpectationFailed(
+                        f"a row is at version {seq}, expected {_expected(op.expect)}",
+                        what="row", index=at, found=seq, found_flags=RowFlags(flags), table=op.table,
+                    )  # fmt: skip
+            elif op.expect != ANY:
+                if op.table not in manifests:
+                    manifests[op.table] = self._manifest(op.table)
+                if manifests[op.table] != batch.manifests.get(op.table, 0):
+                    raise ExpectationFailed(
+                        f"the segments of table {op.table} changed since the row was looked up",
+                        what="manifest", index=at, table=op.table,
+                    )  # fmt: skip
+
+    def _manifest(self, uid: TableUid) -> Seq:
+        stored = self._kv.get(_RECORD + record_key(RecordKind.MANIFEST, uid))
+        return _NUMBER.unpack_from(stored)[0] if stored is not None else 0
+
+    # Staging
+
+    def _next_seq(self) -> Seq:
+        return max(seq_at_ms(self._clock.now_ms()) | self._node_bits, self._last + 1)
+
+    def _stage_rows(self, rows: Sequence[RowOp], seqs: Sequence[Seq], writes: list[Write]) -> list[Seq]:
+        replaced: list[Seq] = []
+        for at, (op, seq) in enumerate(zip(rows, seqs, strict=True)):
+            if op.bucket is not None:
+                key = _STREAM + _table_key(op.table) + _NUMBER.pack(op.bucket) + op.key + _NUMBER.pack(seq)
+                writes.append((key, op.payload))
+                replaced.append(0)
+                continue
+            writes.append((_ROW + _table_key(op.table) + op.key, _ROW_HEADER.pack(seq, op.flags) + op.payload))
+            found = self._found[at]
+            replaced.append(found if found > self._watermarks.get(op.table, 0) else 0)
+        return replaced
+
+    def _stage_record(self, op: RecordOp, seq: Seq, writes: list[Write]) -> None:
+        if not op.check:
+            writes.append((_RECORD + op.key, None if op.value is None else _NUMBER.pack(seq) + op.value))
+
+    def _stage_retire(self, retire: Retire, seq: Seq, writes: list[Write]) -> None:
+        for kind, value in ((RecordKind.WATERMARK, _NUMBER.pack(retire.watermark)), (RecordKind.REMOVAL, b"")):
+            writes.append((_RECORD + record_key(kind, retire.table), _NUMBER.pack(seq) + value))
+
+    def _stage_deletes(self, batch: Batch, writes: list[Write], ranges: list[Range]) -> None:
+        for uid in batch.delete_tables:
+            for space in (_ROW, _STREAM):
+                prefix = space + _table_key(uid)
+                end = keys.prefix_end(prefix)
+                assert end is not None
+                ranges.append((prefix, end))
+        for uid, bucket in batch.delete_buckets:
+            prefix = _STREAM + _table_key(uid)
+            ranges.append((prefix + _NUMBER.pack(bucket), prefix + _NUMBER.pack(bucket + 1)))
+
+    def _follow(self, batch: Batch, commit: Commit) -> None:
+        self._commits += 1
+        for op in batch.rows:
+            if op.bucket is None:
+                self._heads[op.table] = commit.seq
+        for retire in batch.retire:
+            self._watermarks[retire.table] = retire.watermark
+            self._removals[retire.table] = b""
+        for uid in batch.delete_tables:
+            self._heads.pop(uid, None)
+            self._watermarks.pop(uid, None)
+            self._removals.pop(uid, None)
+        if batch.idempotency_key is not None and self._commits % _OUTCOME_PRUNE_EVERY == 0:
+            self._prune_outcomes()
+        for observer in self._observers:
+            observer(batch, commit)
+
+    def _commit_jobs(self, writes: list[Write]) -> None:
+        """Write what a claim or a purge staged; called by the job index under the commit lock."""
+        self._check_writable()
+        self._write(writes, [])
+
+    # Outcomes
+
+    def _encode_outcome(self, commit: Commit) -> bytes:
+        body = (commit.seq, list(commit.seqs), list(commit.replaced), list(commit.jobs))
+        return _NUMBER.pack(self._clock.now_ms()) + msgspec.msgpack.encode(body)
+
+    def _known_outcome(self, key: str | None) -> Commit | None:
+        if key is None:
+            return None
+        stored = self._kv.get(_OUTCOME + key.encode())
+        if stored is None:
+            return None
+        seq, seqs, replaced, jobs = msgspec.msgpack.decode(stored[8:])
+        return Commit(seq, seqs, replaced, tuple(jobs))
+
+    def _prune_outcomes(self) -> None:
+        oldest = self._clock.now_ms() - _OUTCOME_KEPT_MS
+        end = keys.prefix_end(_OUTCOME)
+        assert end is not None
+        gone = [key for key, value in self._kv.scan(_OUTCOME, end) if _NUMBER.unpack_from(value)[0] < oldest]
+        if gone:
+            self._write([(key, None) for key in gone], [])
+
+
+def _expected(expect: Seq) -> str:
+    return {ABSENT: "none", PRESENT: "any"}.get(expect, str(expect))
+
+
+def _record_range(kind: RecordKind) -> Range:
+    start, end = record_prefix(kind)
+    return _RECORD + start, _RECORD + end
+
+
+def _uid_of(key: bytes) -> TableUid:
+    return TableUid(_NUMBER.unpack(key[2:10])[0] - (1 << 63))
+
+
+class _Committer:
+    """Group commit: one thread syncs for all that wait. Whoever came before a sync began is done by it."""
+
+    def __init__(self, kv: OrderedKv, fail: Callable[[str], None]) -> None:
+        self._kv = kv
+        self._fail = fail
+        self._condition = threading.Condition()
+        self._asked = 0
+        self._done = 0
+        self._stopping = False
+        self._error: KalamDbError | None = None
+        self._thread: threading.Thread | None = None
+        self.groups = 0
+
+    def wait(self) -> None:
+        """Block until everything written before this call is durable. Raises Unavailable when the disk refuses."""
+        with self._condition:
+            if self._stopping:
+                raise Closed("the database is closed; open it again")
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="kalamdb-committer", daemon=True)
+                self._thread.start()
+            self._asked += 1
+            ticket = self._asked
+            self._condition.notify_all()
+            while self._done < ticket and self._error is None:
+                self._condition.wait()
+            if self._done < ticket and self._error is not None:
+                raise Unavailable(f"a commit could not be made durable: {self._error}")
+
+    def _run(self) -> None:
+        while True:
+            with self._condition:
+                while self._asked == self._done and not self._stopping:
+                    self._condition.wait()
+                if self._asked == self._done:
+                    return
+                upto = self._asked
+            error: KalamDbError | None = None
+            try:
+                self._kv.sync()
+            except KalamDbError as exc:
+                error = exc
+            with self._condition:
+                if error is not None:
+                    self._error = error
+                    self._fail(str(error))
+                    self._condition.notify_all()
+                    return
+                self._done = upto
+                self.groups += 1
+                self._condition.notify_all()
+
+    def stop(self) -> None:
+        """Sync what is asked for, then end the thread."""
+        with self._condition:
+            self._stopping = True
+            self._condition.notify_all()
+        if self._thread is not None:
+            self._thread.join()

@@ -1,0 +1,88 @@
+"""An ordered store in memory: for tests, and for databases that need not outlive their process."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+
+from sortedcontainers import SortedDict
+
+from kalamdb.storage import Caps
+from kalamdb.storage.ordered import Range, Write
+
+
+class _View:
+    """Reads of one version of the map."""
+
+    def __init__(self, entries: SortedDict[bytes, bytes]) -> None:
+        self._entries = entries
+
+    def get(self, key: bytes) -> bytes | None:
+        return self._entries.get(key)
+
+    def get_many(self, wanted: Sequence[bytes]) -> list[bytes | None]:
+        return [self._entries.get(key) for key in wanted]
+
+    def scan(self, start: bytes, end: bytes, *, reverse: bool = False) -> Iterator[tuple[bytes, bytes]]:
+        entries = self._entries
+        for key in entries.irange(start, end, inclusive=(True, False), reverse=reverse):
+            yield key, entries[key]
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+
+class MemoryKv:
+    """`OrderedKv` over a sorted map. A write copies the map first when a snapshot of it is alive."""
+
+    caps = Caps(inline=True, multi_node=False, batch_rows_max=4096, snapshot_age_max_s=300.0)
+
+    def __init__(self) -> None:
+        self._entries: SortedDict[bytes, bytes] = SortedDict()
+        self._lock = threading.Lock()
+        self._views: weakref.WeakSet[_View] = weakref.WeakSet()
+
+    def get(self, key: bytes) -> bytes | None:
+        return self._entries.get(key)
+
+    def get_many(self, wanted: Sequence[bytes]) -> list[bytes | None]:
+        return [self._entries.get(key) for key in wanted]
+
+    def scan(self, start: bytes, end: bytes, *, reverse: bool = False) -> Iterator[tuple[bytes, bytes]]:
+        with self._lock:
+            entries = self._entries
+            chosen = list(entries.irange(start, end, inclusive=(True, False), reverse=reverse))
+        for key in chosen:
+            value = entries.get(key)
+            if value is not None:
+                yield key, value
+
+    def write(self, writes: Sequence[Write], ranges: Sequence[Range] = ()) -> None:
+        with self._lock:
+            if any(view._entries is self._entries for view in self._views):
+                self._entries = self._entries.copy()
+            entries = self._entries
+            for start, end in ranges:
+                for key in list(entries.irange(start, end, inclusive=(True, False))):
+                    del entries[key]
+            for key, value in writes:
+                if value is None:
+                    entries.pop(key, None)
+                else:
+                    entries[key] = value
+
+    def snapshot(self) -> _View:
+        with self._lock:
+            view = _View(self._entries)
+            self._views.add(view)
+            return view
+
+    def sync(self) -> None:
+        """Memory has nothing to wait for."""
+
+    def stats(self) -> Mapping[str, int]:
+        return {"entries": len(self._entries)}
+
+    def close(self) -> None:
+        """What was stored stays with this object, so that a test can open a backend over it again."""

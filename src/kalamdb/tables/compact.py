@@ -1,0 +1,303 @@
+"""Compaction: a two-level LSM tree per table.
+
+Level 0 holds runs that overlap; level 1 holds runs of disjoint key ranges with one live version per
+key. Small runs pile up into larger level-0 runs until level 0 is a quarter of level 1; only then is
+level 1 rewritten. Inputs are replaced by outputs in one commit that holds only while every input lives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from kalamdb.catalog import CatalogEntry
+from kalamdb.clock import seq_at_ms
+from kalamdb.errors import TransactionConflict
+from kalamdb.storage import ANY, Batch, ExpectationFailed, RecordKind, RecordOp, record_key
+from kalamdb.tables.bulk import Naming, naming, publish
+from kalamdb.tables.flush import JobHandle
+from kalamdb.tables.layout import FLAGS, KEY, SEQ, Layout, conform
+from kalamdb.tables.mirror import write_mirror
+from kalamdb.tables.segments import IntentRecord, Segment, SegmentRecord, write_segment
+from kalamdb.tables.store import TableState, TableStore
+from kalamdb.types import RowFlags, Seq, TableKind, TableUid
+
+_LEVEL1_SHARE = 4
+_HOUR_MS = 3_600_000
+
+
+@dataclass(frozen=True, slots=True)
+class CompactReport:
+    """What a compaction did."""
+
+    inputs: int
+    outputs: int
+    rows_before: int
+    rows_after: int
+    bytes_before: int
+    bytes_after: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Which segments merge, into which level."""
+
+    inputs: tuple[Segment, ...]
+    level: int
+
+
+def choose(state: TableState, level0_segments_max: int, *, full: bool, droppable: Seq = 0) -> Plan | None:
+    """What to merge now; None when nothing is worth it.
+
+    `full` merges everything into level 1; tombstones at or below `droppable` are worth it then.
+    """
+    level0 = [segment for segment in state.segments if segment.record.level == 0]
+    level1 = [segment for segment in state.segments if segment.record.level == 1]
+    if full:
+        stale = any(one.record.tombstones and one.seq_min <= droppable for one in level1)
+        if not level0 and not stale:
+            return None
+        return Plan((*level0, *level1), 1)
+    if len(level0) <= level0_segments_max:
+        return None
+    bytes0 = sum(segment.record.size_bytes for segment in level0)
+    bytes1 = sum(segment.record.size_bytes for segment in level1)
+    if bytes0 * _LEVEL1_SHARE < bytes1:
+        return Plan(tuple(_similar(level0)), 0)
+    low = min(segment.record.key_min for segment in level0)
+    high = max(segment.record.key_max for segment in level0)
+    touched = [one for one in level1 if one.record.key_min <= high and one.record.key_max >= low]
+    return Plan((*level0, *touched), 1)
+
+
+def _similar(level0: Sequence[Segment]) -> list[Segment]:
+    """The small runs: all up to the first that is larger than everything before it together."""
+    ordered = sorted(level0, key=lambda segment: segment.record.size_bytes)
+    chosen, total = ordered[:2], sum(segment.record.size_bytes for segment in ordered[:2])
+    for segment in ordered[2:]:
+        if segment.record.size_bytes > total:
+            break
+        chosen.append(segment)
+        total += segment.record.size_bytes
+    return chosen
+
+
+def needs_compaction(store: TableStore, uid: TableUid) -> bool:
+    """Whether level 0 of the table has more segments than compaction.level0_segments_max."""
+    return choose(store.state(uid), store.limits.level0_segments_max, full=False) is not None
+
+
+def compact_table(
+    store: TableStore, uid: TableUid, job: JobHandle, message: Callable[[CompactReport], str], *, full: bool = True
+) -> CompactReport | None:
+    """Merge segments of a table and end the job; None when there is nothing to merge.
+
+    Memory is bounded by the number of inputs. Blocks for the disk.
+    """
+    entry = store.entry(uid)
+    if entry.definition.kind is TableKind.STREAM:
+        return None
+    droppable = _oldest_tombstone(store, entry)
+    plan = choose(store.state(uid), store.limits.level0_segments_max, full=full, droppable=droppable)
+    if plan is None:
+        return None
+    with store.segments.pinned(plan.inputs):
+        report = _compact(store, entry, plan, job, message)
+    for segment in plan.inputs:
+        store.segments.unlink(segment.record.segment_id, segment.path)
+    write_mirror(store, entry)
+    return report
+
+
+def _compact(
+    store: TableStore, entry: CatalogEntry, plan: Plan, job: JobHandle, message: Callable[[CompactReport], str]
+) -> CompactReport:
+    fence = Batch()
+    job.seal(fence)
+    job_id, lease_id = job.intent_owner()
+    owner = IntentRecord(segment_id="", job_id=job_id, lease_id=lease_id, process=store.process)
+    with naming(store, entry, fence.jobs, owner) as names:
+        outputs = _write_outputs(store, entry, plan, job, names)
+        rows = [segment.record.rows for segment in plan.inputs]
+        report = CompactReport(
+            inputs=len(plan.inputs),
+            outputs=len(outputs),
+            rows_before=sum(rows),
+            rows_after=sum(record.rows for record in outputs),
+            bytes_before=sum(segment.record.size_bytes for segment in plan.inputs),
+            bytes_after=sum(record.size_bytes for record in outputs),
+        )
+        batch = Batch(names_files=True)
+        batch.records = [store.alive(entry.definition.uid), *publish(store, entry, outputs, names, manifest=ANY)]
+        batch.records += [
+            RecordOp(
+                record_key(RecordKind.SEGMENT, entry.definition.uid, segment.record.segment_id), None, segment.version
+            )
+            for segment in plan.inputs
+        ]
+        job.check()
+        job.seal(batch, message=message(report), result=msgspec.to_builtins(_figures(report)))
+        try:
+            store.commit(batch)
+        except ExpectationFailed as failed:
+            raise TransactionConflict(
+                f"segments of '{entry.definition.table_id}' changed during the compaction: {failed}"
+            ) from failed
+        names.published()
+    return report
+
+
+def _figures(report: CompactReport) -> dict[str, int]:
+    return {name: getattr(report, name) for name in report.__slots__}
+
+
+def _write_outputs(
+    store: TableStore, entry: CatalogEntry, plan: Plan, job: JobHandle, names: Naming
+) -> list[SegmentRecord]:
+    layout = store.layout(entry.definition)
+    into_base = plan.level == 1
+    kept: list[pa.Table] = []
+    oldest_kept = _oldest_tombstone(store, entry)
+    total = sum(segment.record.rows for segment in plan.inputs)
+    done = 0
+
+    def live() -> Iterator[pa.Table]:
+        nonlocal done
+        for merged, read in merge(store, layout, plan.inputs):
+            job.check()
+            done += read
+            job.progress(done, total, "rows")
+            if not into_base:
+                yield merged
+                continue
+            flags = merged.column(FLAGS).to_numpy()
+            deleted = (flags & RowFlags.DELETED) != 0
+            if deleted.any():
+                gone = merged.filter(pa.array(deleted))
+                gone = gone.filter(pc.greater(gone.column(SEQ), oldest_kept))
+                if len(gone):
+                    kept.append(_unmarked(gone, RowFlags.DELETED))
+                merged = merged.filter(pa.array(~deleted))
+            if len(merged):
+                yield _unmarked(merged, RowFlags.NONE)
+
+    bytes_per_row = sum(segment.record.size_bytes for segment in plan.inputs) / total
+    rows_max = max(int(store.limits.segment_bytes_max / bytes_per_row), 1) if into_base else total
+    outputs = _write_runs(store, layout, live(), names, level=plan.level, rows_max=rows_max)
+    if kept:
+        outputs += _write_runs(store, layout, iter(kept), names, level=1, rows_max=total)
+    return outputs
+
+
+def _write_runs(
+    store: TableStore, layout: Layout, rows: Iterator[pa.Table], names: Naming, *, level: int, rows_max: int
+) -> list[SegmentRecord]:
+    outputs: list[SegmentRecord] = []
+    stream = _Stream(rows)
+    while stream.has_more():
+        _, path = names.next()
+        record = write_segment(
+            store.files, path, layout, stream.take(rows_max), row_group_rows_max=store.limits.row_group_rows_max
+        )
+        assert record is not None
+        outputs.append(msgspec.structs.replace(record, level=level, created_at=store.clock.now_ms()))
+    return outputs
+
+
+class _Stream:
+    """A stream of rows that is taken in parts."""
+
+    def __init__(self, source: Iterator[pa.Table]) -> None:
+        self._source = source
+        self._next: pa.Table | None = None
+
+    def has_more(self) -> bool:
+        """Whether a row is left."""
+        if self._next is None:
+            self._next = next((table for table in self._source if len(table)), None)
+        return self._next is not None
+
+    def take(self, rows_max: int) -> Iterator[pa.Table]:
+        """The next `rows_max` rows."""
+        left = rows_max
+        while left and self.has_more():
+            assert self._next is not None
+            table = self._next
+            part, rest = table.slice(0, left), table.slice(left)
+            self._next = rest if len(rest) else None
+            left -= len(part)
+            yield part
+
+
+def _unmarked(table: pa.Table, flags: RowFlags) -> pa.Table:
+    column = pa.array(np.full(len(table), int(flags), np.uint8))
+    return table.set_column(table.schema.get_field_index(FLAGS), table.schema.field(FLAGS), column)
+
+
+def _oldest_tombstone(store: TableStore, entry: CatalogEntry) -> Seq:
+    """Tombstones with `_seq` above this are kept: younger than the resume window or the table's retention."""
+    hours = entry.definition.options.deleted_retention_hours
+    if hours is None:
+        return 0
+    age_ms = max(hours * _HOUR_MS, int(store.limits.tombstone_window_s * 1000))
+    return seq_at_ms(store.clock.now_ms() - age_ms)
+
+
+def merge(store: TableStore, layout: Layout, inputs: Sequence[Segment]) -> Iterator[tuple[pa.Table, int]]:
+    """The newest version of each key, in key order, in pieces; with each the rows that were read for it.
+
+    Holds one batch per input: all rows up to the smallest last key among the batches can be settled.
+    """
+    sources = [_Source(store, layout, segment) for segment in inputs]
+    while sources := [source for source in sources if source.fill()]:
+        bound = min(source.last_key() for source in sources)
+        parts = [part for source in sources if (part := source.take_through(bound)) is not None]
+        table = pa.concat_tables(parts)
+        yield newest_per_key(table), len(table)
+
+
+def newest_per_key(table: pa.Table) -> pa.Table:
+    """The row with the greatest `_seq` of each key, in key order."""
+    order = pc.sort_indices(table, sort_keys=[(KEY, "ascending"), (SEQ, "descending")])
+    table = table.take(order).combine_chunks()
+    column = table.column(KEY)
+    if len(column) < 2:
+        return table
+    fresh = pc.not_equal(column.slice(1), column.slice(0, len(column) - 1))
+    mask = pa.chunked_array([pa.array([True]), *fresh.chunks])
+    return table.filter(mask)
+
+
+class _Source:
+    """One input, read batch by batch in the newest schema version."""
+
+    def __init__(self, store: TableStore, layout: Layout, segment: Segment) -> None:
+        self._batches: Iterable[pa.Table] = iter(store.segments.scan(segment))
+        self._layout = layout
+        self._version = segment.record.schema_version
+        self._table: pa.Table | None = None
+
+    def fill(self) -> bool:
+        """Make sure that there is a batch; False at the end."""
+        if self._table is None or not len(self._table):
+            batch = next(iter(self._batches), None)
+            self._table = None if batch is None else conform(batch, self._layout, self._version)
+        return self._table is not None
+
+    def last_key(self) -> bytes:
+        """Last key of the batch."""
+        assert self._table is not None
+        key: bytes = self._table.column(KEY)[-1].as_py()
+        return key
+
+    def take_through(self, bound: bytes) -> pa.Table | None:
+        """Rows with key <= bound, taken out of the batch."""
+        assert self._table is not None
+        count = int(pc.sum(pc.less_equal(self._table.column(KEY), bound)).as_py() or 0)
+        taken, self._table = self._table.slice(0, count), self._table.slice(count)
+        return taken if count else None

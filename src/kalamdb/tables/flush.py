@@ -1,0 +1,129 @@
+"""Flush: the hot rows of a table become one level-0 segment, then one commit of constant size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+import pyarrow as pa
+
+from kalamdb.catalog import CatalogEntry
+from kalamdb.errors import NotFound
+from kalamdb.storage import ANY, Batch, ExpectationFailed, Retire, Snapshot
+from kalamdb.tables.bulk import naming, publish
+from kalamdb.tables.layout import rows_to_batch
+from kalamdb.tables.mirror import write_mirror
+from kalamdb.tables.segments import IntentRecord, SegmentRecord, write_segment
+from kalamdb.tables.store import TableStore
+from kalamdb.types import TableKind, TableUid
+
+
+class JobHandle(Protocol):
+    """What the tables need of the job that they work for."""
+
+    def check(self) -> None:
+        """Raise when the job must stop."""
+        ...
+
+    def progress(self, done: int, total: int | None = None, unit: str = "", text: str = "") -> None:
+        """Say how far the work is."""
+        ...
+
+    def seal(self, batch: Batch, *, message: str | None = None, result: Any = None) -> None:
+        """Bind a batch to the job's lease; with `message` the batch also ends the job as completed."""
+        ...
+
+    def intent_owner(self) -> tuple[str, int]:
+        """(job id, lease id) for the intents of files."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class FlushReport:
+    """What a flush did."""
+
+    rows: int
+    users: int
+    segments: int
+    bytes: int
+    path: str
+
+
+def flush_table(
+    store: TableStore, uid: TableUid, job: JobHandle, message: Callable[[FlushReport], str]
+) -> FlushReport | None:
+    """Write all hot rows of a table to one segment and end the job; None when nothing is hot.
+
+    Memory is bounded whatever the size of the table. Blocks for the disk.
+    """
+    entry = store.entry(uid)
+    if entry.definition.kind is TableKind.STREAM or not store.has_pending(uid):
+        return None
+    with store.backend.snapshot() as snapshot:
+        watermark = snapshot.seq
+        entry = store.entry(uid)
+        with store.hot.lock:
+            store.figures(uid).flush_seq = watermark
+        try:
+            return _flush(store, entry, snapshot, job, message)
+        finally:
+            with store.hot.lock:
+                store.figures(uid).flush_seq = 0
+
+
+def _flush(
+    store: TableStore, entry: CatalogEntry, snapshot: Snapshot, job: JobHandle, message: Callable[[FlushReport], str]
+) -> FlushReport | None:
+    uid, watermark = entry.definition.uid, snapshot.seq
+    layout = store.layout(entry.definition)
+    fence = Batch()
+    job.seal(fence)
+    job_id, lease_id = job.intent_owner()
+    owner = IntentRecord(segment_id="", job_id=job_id, lease_id=lease_id, process=store.process)
+    with naming(store, entry, fence.jobs, owner) as names:
+        segment_id, path = names.next()
+        record = write_segment(
+            store.files,
+            path,
+            layout,
+            _hot_batches(store, entry, snapshot, job),
+            row_group_rows_max=store.limits.row_group_rows_max,
+        )
+        if record is None:
+            return None
+        record = msgspec.structs.replace(record, created_at=store.clock.now_ms())
+        report = _report(record, path)
+        job.check()
+        batch = Batch(retire=[Retire(uid, watermark)], names_files=True)
+        batch.records = [store.alive(uid), *publish(store, entry, [record], names, manifest=ANY)]
+        job.seal(batch, message=message(report), result=msgspec.to_builtins(_figures(report)))
+        try:
+            store.commit(batch)
+        except ExpectationFailed as failed:
+            raise NotFound(f"table '{entry.definition.table_id}' was dropped during the flush") from failed
+        names.published()
+    write_mirror(store, entry)
+    return report
+
+
+def _hot_batches(store: TableStore, entry: CatalogEntry, snapshot: Snapshot, job: JobHandle) -> Iterator[pa.Table]:
+    layout, layout_of = store.layout(entry.definition), store.layout_of(entry.definition.uid)
+    with store.hot.lock:
+        total = store.figures(entry.definition.uid).rows
+    done = 0
+    for chunk in snapshot.hot(entry.definition.uid):
+        job.check()
+        yield pa.Table.from_batches([rows_to_batch(chunk, layout_of, layout)])
+        done += len(chunk)
+        job.progress(done, max(total, done), "rows")
+
+
+def _report(record: SegmentRecord, path: Path) -> FlushReport:
+    return FlushReport(record.rows, record.users, 1, record.size_bytes, str(path))
+
+
+def _figures(report: FlushReport) -> dict[str, int]:
+    return {"rows": report.rows, "users": report.users, "segments": report.segments, "bytes": report.bytes}

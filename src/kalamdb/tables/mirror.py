@@ -1,0 +1,73 @@
+"""`manifest.json`: a mirror of the segment records beside the files, in the original's shape.
+
+The store's records are the truth; a database can be made anew from the mirrors and the segments.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from kalamdb.catalog import CatalogEntry
+from kalamdb.errors import KalamDbError
+from kalamdb.tables.segments import Segment, table_folder
+from kalamdb.tables.store import TableStore, TableState
+from kalamdb.types import TableKind
+
+MIRROR_NAME = "manifest.json"
+
+
+def segment_json(segment: Segment) -> dict[str, Any]:
+    """One segment as the mirror and system.manifest show it."""
+    record = segment.record
+    return {
+        "id": record.segment_id,
+        "path": segment.path.name,
+        "level": record.level,
+        "column_stats": {
+            str(column_id): {"min": low, "max": high, "null_count": nulls}
+            for column_id, (low, high, nulls) in record.column_stats.items()
+        },
+        "min_seq": segment.seq_min,
+        "max_seq": segment.seq_max,
+        "row_count": record.rows,
+        "size_bytes": record.size_bytes,
+        "crc32": record.crc32,
+        "tombstones": record.tombstones,
+        "marks": record.marks,
+        "users": record.users,
+        "min_key": record.key_min.hex(),
+        "max_key": record.key_max.hex(),
+        "seq_base": segment.seq_base,
+        "created_at": record.created_at,
+        "schema_version": record.schema_version,
+        "status": "committed",
+    }
+
+
+def manifest_json(entry: CatalogEntry, state: TableState) -> dict[str, Any]:
+    """The manifest of a table."""
+    definition = entry.definition
+    scope = "shared" if definition.kind is TableKind.SHARED else "all"
+    return {
+        "table_id": f"{definition.namespace}:{definition.name}",
+        "uid": definition.uid,
+        "scope": scope,
+        "user_id": None,
+        "version": state.manifest_version,
+        "watermark": state.watermark,
+        "segments": [segment_json(segment) for segment in state.segments],
+        "last_sequence_number": max((segment.seq_max for segment in state.segments), default=0),
+        "schema": msgspec.to_builtins(definition),
+    }
+
+
+def write_mirror(store: TableStore, entry: CatalogEntry) -> None:
+    """Replace the mirror of a table. A failure is logged: the next change writes it again."""
+    path = table_folder(store.root, entry.definition) / MIRROR_NAME
+    body = msgspec.json.format(msgspec.json.encode(manifest_json(entry, store.state(entry.definition.uid))))
+    try:
+        store.files.replace(path, body)
+    except KalamDbError as exc:
+        store.log.warning("the mirror '%s' was not written: %s", path, exc)

@@ -1,0 +1,208 @@
+"""Removing files: what a dropped table left, and names without record or live intent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from kalamdb.schema import TableDef
+from kalamdb.storage import (
+    Batch,
+    ExpectationFailed,
+    Record,
+    RecordKind,
+    RecordOp,
+    Snapshot,
+    record_key,
+    record_prefix,
+)
+from kalamdb.storage.jobs import JobStatus
+from kalamdb.tables.flush import JobHandle
+from kalamdb.tables.mirror import MIRROR_NAME
+from kalamdb.tables.segments import IntentRecord, SegmentRecord, segment_path, table_folder
+from kalamdb.tables.store import TableStore
+from kalamdb.types import JobId, TableUid
+
+_STEP_RECORDS = 500
+
+
+@dataclass(frozen=True, slots=True)
+class CleanupReport:
+    """What a cleanup removed."""
+
+    files: int = 0
+    bytes: int = 0
+    hot_rows: int = 0
+
+
+class DroppedTable(msgspec.Struct, frozen=True):
+    """What DROP TABLE leaves for the cleanup: the last definition."""
+
+    definition: TableDef
+    dropped_at: int = 0
+
+
+def dropped_tables(store: TableStore) -> list[TableUid]:
+    """Tables whose cleanup is not done."""
+    with store.backend.snapshot() as snapshot:
+        found = list(snapshot.scan_records(*record_prefix(RecordKind.DROPPED)))
+    return [TableUid(int.from_bytes(key[1:9], "big") - (1 << 63)) for key, _ in found]
+
+
+def drop_leftovers(
+    store: TableStore, uid: TableUid, job: JobHandle, message: Callable[[CleanupReport], str]
+) -> CleanupReport | None:
+    """Un-name and remove the files of a dropped table, end the job; None when there is nothing left of it.
+
+    Everything is found by the uid, so a table re-created under the name is never touched. Blocks for the disk.
+    """
+    key = record_key(RecordKind.DROPPED, uid)
+    with store.backend.snapshot() as snapshot:
+        stored = snapshot.records([key])[0]
+        if stored is None:
+            return None
+        definition = msgspec.msgpack.decode(stored.value, type=DroppedTable).definition
+        named = _named(snapshot, uid)
+    files = bytes_ = 0
+    step: list[RecordOp] = []
+    for at, (record, op, size) in enumerate(named):
+        step.append(op)
+        bytes_ += size
+        files += size > 0
+        if len(step) == _STEP_RECORDS or at == len(named) - 1:
+            job.check()
+            batch = Batch(records=step, names_files=True)
+            job.seal(batch)
+            store.commit(batch)
+            step = []
+            job.progress(at + 1, len(named), "files")
+        store.drafting.discard(record)
+    for segment_id, _, _ in named:
+        store.segments.unlink(segment_id, segment_path(store.root, definition, segment_id))
+    bytes_ += _remove_folder(store, definition)
+    report = CleanupReport(files, bytes_)
+    batch = Batch(names_files=True)
+    batch.records = [RecordOp(key, None, stored.version)]
+    for kind in (RecordKind.MANIFEST, RecordKind.WATERMARK, RecordKind.REMOVAL):
+        batch.records.append(RecordOp(record_key(kind, uid), None))
+    batch.delete_tables.append(uid)
+    job.seal(batch, message=message(report), result={"files": files, "bytes": bytes_})
+    store.commit(batch)
+    return report
+
+
+def _named(snapshot: Snapshot, uid: TableUid) -> list[tuple[str, RecordOp, int]]:
+    out = []
+    for key, stored in snapshot.scan_records(*record_prefix(RecordKind.SEGMENT, uid)):
+        record = msgspec.msgpack.decode(stored.value, type=SegmentRecord)
+        out.append((record.segment_id, RecordOp(key, None, stored.version), record.size_bytes))
+    for key, stored in snapshot.scan_records(*record_prefix(RecordKind.INTENT, uid)):
+        intent = msgspec.msgpack.decode(stored.value, type=IntentRecord)
+        out.append((intent.segment_id, RecordOp(key, None, stored.version), 0))
+    return out
+
+
+def _remove_folder(store: TableStore, definition: TableDef) -> int:
+    folder = table_folder(store.root, definition)
+    freed = 0
+    for path in store.files.list(folder):
+        freed += store.files.size(path)
+        store.files.unlink(path)
+    store.files.remove_empty(folder, stop=store.root)
+    return freed
+
+
+def sweep(
+    store: TableStore, uid: TableUid | None, job: JobHandle, message: Callable[[CleanupReport], str]
+) -> CleanupReport:
+    """Remove files that neither a record nor a live intent names, of one table or of all; end the job."""
+    entries = store.catalog.tables() if uid is None else [store.entry(uid)]
+    files = bytes_ = 0
+    for at, entry in enumerate(entries):
+        job.check()
+        swept = _sweep_table(store, entry.definition, job)
+        files += swept.files
+        bytes_ += swept.bytes
+        job.progress(at + 1, len(entries), "tables")
+    if uid is None:
+        for freed in _sweep_strangers(store, {str(entry.definition.uid) for entry in entries}):
+            files += 1
+            bytes_ += freed
+    report = CleanupReport(files, bytes_)
+    batch = Batch()
+    job.seal(batch, message=message(report), result={"files": files, "bytes": bytes_})
+    store.commit(batch)
+    return report
+
+
+def _sweep_table(store: TableStore, definition: TableDef, job: JobHandle) -> CleanupReport:
+    # The listing comes first: a file that is seen had its intent before it, so the later snapshot
+    # shows for each listed file either its record, its intent, or that it is nobody's.
+    listed = [path for path in store.files.list(table_folder(store.root, definition)) if path.name != MIRROR_NAME]
+    with store.backend.snapshot() as snapshot:
+        live = {
+            msgspec.msgpack.decode(stored.value, type=SegmentRecord).segment_id
+            for _, stored in snapshot.scan_records(*record_prefix(RecordKind.SEGMENT, definition.uid))
+        }
+        intents = list(snapshot.scan_records(*record_prefix(RecordKind.INTENT, definition.uid)))
+    spared = set(live)
+    for key, stored in intents:
+        intent = msgspec.msgpack.decode(stored.value, type=IntentRecord)
+        if _is_alive(store, intent) or not _end_intent(store, key, stored, job):
+            spared.add(intent.segment_id)
+    files = bytes_ = 0
+    for path in listed:
+        if path.stem in spared:
+            continue
+        size = store.files.size(path)
+        if store.segments.unlink(path.stem, path):
+            files += 1
+            bytes_ += size
+    return CleanupReport(files, bytes_)
+
+
+def _is_alive(store: TableStore, intent: IntentRecord) -> bool:
+    if intent.process == store.process and intent.segment_id in store.drafting:
+        return True
+    if intent.job_id is None or intent.lease_id is None:
+        return False
+    row = store.backend.jobs.get(JobId(intent.job_id))
+    return row is not None and row.status is JobStatus.RUNNING and row.lease_id == intent.lease_id
+
+
+def _end_intent(store: TableStore, key: bytes, stored: Record, job: JobHandle) -> bool:
+    batch = Batch(records=[RecordOp(key, None, stored.version)], names_files=True)
+    job.seal(batch)
+    try:
+        store.commit(batch)
+    except ExpectationFailed:
+        return False
+    return True
+
+
+def _sweep_strangers(store: TableStore, known: set[str]) -> list[int]:
+    """Folders of uids that are neither live nor waiting for their cleanup."""
+    freed: list[int] = []
+    for folder in store.files.folders(store.root, depth=3):
+        if folder.name in known or not folder.name.isdigit():
+            continue
+        uid = TableUid(int(folder.name))
+        with store.backend.snapshot() as snapshot:
+            table, dropped = snapshot.records([record_key(RecordKind.TABLE, uid), record_key(RecordKind.DROPPED, uid)])
+        if table is not None or dropped is not None:
+            continue
+        freed += [_unlink(store, path) for path in store.files.list(folder)]
+        store.files.remove_empty(folder, stop=store.root)
+    return freed
+
+
+def _unlink(store: TableStore, path: Path) -> int:
+    size = store.files.size(path)
+    store.files.unlink(path)
+    return size
+
+
+__all__ = ["CleanupReport", "DroppedTable", "drop_leftovers", "dropped_tables", "sweep"]
