@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from kalamdb.errors import Corrupt
-from kalamdb.files import SegmentFiles
+from kalamdb.files import LocalFiles
 from kalamdb.schema import TableDef
 from kalamdb.storage import keys
 from kalamdb.tables.layout import FLAGS, KEY, SEQ, Layout
@@ -135,7 +135,7 @@ class _ChecksumFile:
 
 
 def write_segment(
-    files: SegmentFiles,
+    files: LocalFiles,
     path: Path,
     layout: Layout,
     batches: Iterable[pa.Table],
@@ -358,7 +358,7 @@ class SegmentCache:
     whenever its modification time changes.
     """
 
-    def __init__(self, files: SegmentFiles, bytes_max: int) -> None:
+    def __init__(self, files: LocalFiles, bytes_max: int) -> None:
         self._files = files
         self._bytes_max = bytes_max
         self._lock = threading.Lock()

@@ -19,7 +19,7 @@ import msgspec
 from kalamdb.catalog import Catalog, CatalogEntry
 from kalamdb.clock import Clock
 from kalamdb.errors import LimitExceeded, NotFound, TransactionConflict, Unavailable
-from kalamdb.files import SegmentFiles
+from kalamdb.files import LocalFiles
 from kalamdb.schema import TableDef
 from kalamdb.storage import (
     ABSENT,
@@ -194,7 +194,7 @@ class TableStore:
         self,
         backend: StorageBackend,
         catalog: Catalog,
-        files: SegmentFiles,
+        files: LocalFiles,
         clock: Clock,
         root: Path,
         limits: TableLimits,

@@ -32,6 +32,8 @@ class Change:
     key: bytes
     row: Row | None
     expect: Seq
+    former: Row | None = None
+    """For a delete: the row that goes."""
 
     @property
     def flags(self) -> RowFlags:
@@ -81,13 +83,22 @@ def commit_groups(
             RowOp(
                 uid,
                 change.key,
-                b"" if change.row is None else layout.payload(change.row),
+                layout.payload(_stored(layout, change)),
                 change.flags,
                 change.expect,
             )
             for change in group.changes
         ]
     return _commit_rechecked(store, groups, batch)
+
+
+def _stored(layout: Layout, change: Change) -> Row:
+    """What is stored of a change: a tombstone keeps the primary key."""
+    if change.row is not None:
+        return change.row
+    former = change.former
+    kept = layout.pk_indexes if former is not None else ()
+    return tuple(former[index] if former and index in kept else None for index in range(len(layout.columns)))
 
 
 def _commit_rechecked(store: TableStore, groups: Sequence[ChangeGroup], batch: Batch) -> Commit:
@@ -116,12 +127,11 @@ def _commit_rechecked(store: TableStore, groups: Sequence[ChangeGroup], batch: B
 def _draft(store: TableStore, group: ChangeGroup) -> SegmentDraft:
     layout = store.layout(group.entry.definition)
     ordered = sorted(group.changes, key=lambda change: change.key)
-    nulls: Row = (None,) * len(layout.columns)
     arrays = [
         pa.array([change.key for change in ordered], pa.binary()),
         pa.array(range(1, len(ordered) + 1), pa.int64()),
         pa.array([int(change.flags) for change in ordered], pa.uint8()),
-        *layout.arrow_columns([change.row if change.row is not None else nulls for change in ordered]),
+        *layout.arrow_columns([_stored(layout, change) for change in ordered]),
     ]
     table = pa.Table.from_arrays(arrays, schema=layout.schema)
     expected = {index: change.expect for index, change in enumerate(ordered) if change.expect != ABSENT}
@@ -143,7 +153,7 @@ class Overlay:
         elif change.row is None and earlier.expect == ABSENT:
             del self.changes[change.key]
         else:
-            self.changes[change.key] = Change(change.key, change.row, earlier.expect)
+            self.changes[change.key] = Change(change.key, change.row, earlier.expect, change.former)
 
     def batch(self, layout: Layout) -> pa.RecordBatch:
         """The written rows in the segment schema; their `_seq` is above every committed one."""

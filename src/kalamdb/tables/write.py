@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+import numpy as np
 import pyarrow as pa
 
 from kalamdb.catalog import CatalogEntry
@@ -237,7 +238,7 @@ class Writer:
             [(seq, stored)], manifest = self.current([key])
             group = ChangeGroup(self.entry, self.scope, manifest)
             if stored is not None and wanted(stored):
-                group.changes.append(Change(key, None, seq))
+                group.changes.append(Change(key, None, seq, stored))
                 removed.append(stored)
             return group
 
@@ -327,10 +328,7 @@ def _publish(
     if live and on_conflict is OnConflict.ERROR:
         raise _exists(entry, layout, rows.slice(live[0], 1))
     if live and on_conflict is OnConflict.IGNORE:
-        keep = pa.array([index for index in range(len(rows)) if index not in set(live)], pa.int64())
-        shift = {int(old): new for new, old in enumerate(keep.to_pylist())}
-        hits = {shift[index]: version for index, version in hits.items() if index in shift}
-        rows = rows.take(keep)
+        rows, hits = _drop_live(rows, hits)
         if not len(rows):
             return 0
         rows = rows.set_column(1, SEQ, pa.array(range(1, len(rows) + 1), pa.int64()))
@@ -343,6 +341,15 @@ def _publish(
             raise
         return None
     return len(flagged)
+
+
+def _drop_live(rows: pa.Table, hits: dict[int, Version]) -> tuple[pa.Table, dict[int, Version]]:
+    """The rows whose key has no live version, and the versions under their new indexes."""
+    keep = np.ones(len(rows), bool)
+    keep[[index for index, version in hits.items() if version.is_live]] = False
+    position = np.cumsum(keep) - 1
+    left = {int(position[index]): version for index, version in hits.items() if keep[index]}
+    return rows.filter(pa.array(keep)), left
 
 
 def _insert_hot(

@@ -1,0 +1,158 @@
+"""Files of the cold tier on a local filesystem: what is written is on disk before anybody names it.
+
+Every operation goes through `FileOps`, so that a test can record the order of operations, make the
+disk refuse, or stop the process between two of them.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from kalamdb.errors import Corrupt, Unavailable
+
+_REASONS = {
+    errno.ENOSPC: "the disk is full; free some space",
+    errno.EDQUOT: "the disk quota is used up; free some space",
+    errno.EFBIG: "the file would be larger than this process may write; raise its limit",
+    errno.EACCES: "permission is denied; check the rights of the directory",
+    errno.EPERM: "permission is denied; check the rights of the directory",
+    errno.EROFS: "the filesystem is read-only; mount it writable",
+    errno.EIO: "the disk reports an input/output error; check it",
+}
+
+
+class FileOps:
+    """The operations on files, one system call each."""
+
+    def open_write(self, path: Path) -> BinaryIO:
+        """A new file; it is an error when there is one already."""
+        return path.open("xb")
+
+    def fsync_file(self, file: BinaryIO, path: Path) -> None:
+        """Make the file's bytes durable."""
+        os.fsync(file.fileno())
+
+    def fsync_dir(self, path: Path) -> None:
+        """Make the names in a directory durable."""
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def mkdir(self, path: Path) -> None:
+        """Make one directory."""
+        path.mkdir()
+
+    def rename(self, source: Path, target: Path) -> None:
+        """Replace `target` by `source`."""
+        source.replace(target)
+
+    def unlink(self, path: Path) -> None:
+        """Remove a file."""
+        path.unlink()
+
+    def rmdir(self, path: Path) -> None:
+        """Remove an empty directory."""
+        path.rmdir()
+
+
+class LocalFiles:
+    """Files on a local filesystem. Errors of the disk become Unavailable with the remedy."""
+
+    def __init__(self, operations: FileOps | None = None) -> None:
+        self._operations = operations or FileOps()
+
+    @contextmanager
+    def create(self, path: Path) -> Iterator[BinaryIO]:
+        """A new file to write; its bytes and its name are on disk when the block ends, and it is gone when
+        the block fails. Blocks for the disk. Raises Unavailable."""
+        with _translated(path):
+            self._make_parents(path.parent)
+            file = self._operations.open_write(path)
+        try:
+            with _translated(path), file:
+                yield file
+                file.flush()
+                self._operations.fsync_file(file, path)
+            with _translated(path):
+                self._operations.fsync_dir(path.parent)
+        except BaseException:
+            with suppress(OSError):
+                self._operations.unlink(path)
+            raise
+
+    def replace(self, path: Path, body: bytes) -> None:
+        """Write a small file in one step: the old or the new body is there, whatever happens."""
+        temporary = path.with_name(f".{path.name}.tmp")
+        with _translated(path):
+            self._make_parents(path.parent)
+            with suppress(FileNotFoundError):
+                self._operations.unlink(temporary)
+            with self._operations.open_write(temporary) as file:
+                file.write(body)
+                file.flush()
+                self._operations.fsync_file(file, temporary)
+            self._operations.rename(temporary, path)
+            self._operations.fsync_dir(path.parent)
+
+    def _make_parents(self, folder: Path) -> None:
+        missing = []
+        while not folder.exists():
+            missing.append(folder)
+            folder = folder.parent
+        for one in reversed(missing):
+            with suppress(FileExistsError):
+                self._operations.mkdir(one)
+            self._operations.fsync_dir(one.parent)
+
+    def check_size(self, path: Path, size_bytes: int) -> None:
+        """Raise Corrupt unless the file has this size."""
+        found = self.size(path)
+        if found != size_bytes:
+            raise Corrupt(f"'{path}' has {found} bytes after it was written, expected {size_bytes}")
+
+    def size(self, path: Path) -> int:
+        """Bytes of a file, 0 when there is none."""
+        try:
+            return path.stat().st_size
+        except FileNotFoundError:
+            return 0
+
+    def unlink(self, path: Path) -> None:
+        """Remove a file; fine when there is none. Raises Unavailable."""
+        with _translated(path), suppress(FileNotFoundError):
+            self._operations.unlink(path)
+
+    def list(self, folder: Path) -> list[Path]:
+        """Files directly in a folder, by name; none when there is no such folder."""
+        with _translated(folder):
+            return sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+
+    def folders(self, root: Path, *, depth: int) -> list[Path]:
+        """Folders exactly `depth` levels below `root`."""
+        with _translated(root):
+            return sorted(path for path in root.glob("/".join("*" * depth)) if path.is_dir())
+
+    def remove_empty(self, folder: Path, *, stop: Path) -> None:
+        """Remove a folder and its parents below `stop` as far as they are empty."""
+        while folder != stop and stop in folder.parents:
+            try:
+                self._operations.rmdir(folder)
+            except OSError:
+                return
+            folder = folder.parent
+
+
+@contextmanager
+def _translated(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as exc:
+        reason = _REASONS.get(exc.errno or 0, exc.strerror or str(exc))
+        raise Unavailable(f"'{path}' cannot be written: {reason}") from exc

@@ -1,0 +1,129 @@
+"""What a statement gives back: rows as Arrow, shown as Python values on demand."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from kalamdb.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    import pandas
+    import polars
+    import pyarrow
+
+_TYPE_METADATA = b"kalam"
+
+
+class Result:
+    """Rows and message of one statement, materialised.
+
+    `row_count` is the number of rows: returned, or written when there are none. `results` holds the
+    results of all statements of a batch, this being the last. Iterating gives tuples.
+    """
+
+    def __init__(
+        self,
+        table: pyarrow.Table | None = None,
+        *,
+        row_count: int | None = None,
+        message: str | None = None,
+        results: list[Result] | None = None,
+    ) -> None:
+        self._table = table
+        self.row_count: int = row_count if row_count is not None else (table.num_rows if table is not None else 0)
+        self.message = message
+        self.results: list[Result] = results if results is not None else [self]
+        self._rows: list[tuple[Any, ...]] | None = None
+        self._position = 0
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the columns."""
+        return [] if self._table is None else list(self._table.schema.names)
+
+    @property
+    def rows(self) -> list[tuple[Any, ...]]:
+        """All rows as tuples of Python values."""
+        if self._rows is None:
+            self._rows = [] if self._table is None else table_rows(self._table)
+        return self._rows
+
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def fetchone(self) -> tuple[Any, ...] | None:
+        """The next row, None at the end."""
+        if self._position >= len(self.rows):
+            return None
+        self._position += 1
+        return self.rows[self._position - 1]
+
+    def fetchall(self) -> list[tuple[Any, ...]]:
+        """The rows that were not fetched yet."""
+        left = self.rows[self._position :]
+        self._position = len(self.rows)
+        return left
+
+    def dicts(self) -> list[dict[str, Any]]:
+        """All rows as dicts."""
+        names = self.columns
+        return [dict(zip(names, row, strict=True)) for row in self.rows]
+
+    def scalar(self) -> Any:
+        """The first value of the first row, None when there is no row. Raises InvalidRequest without columns."""
+        if self._table is None or not self._table.num_columns:
+            raise InvalidRequest("the statement returned no columns, so there is no scalar")
+        return self.rows[0][0] if self.rows else None
+
+    def arrow(self) -> pyarrow.Table:
+        """The rows as an Arrow table; empty for a statement without rows."""
+        if self._table is None:
+            import pyarrow as pa
+
+            return pa.table({})
+        return self._table
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """The rows as a pandas DataFrame; pandas must be installed."""
+        return self.arrow().to_pandas()
+
+    def to_polars(self) -> polars.DataFrame:
+        """The rows as a polars DataFrame; polars must be installed."""
+        import polars
+
+        frame = polars.from_arrow(self.arrow())
+        assert isinstance(frame, polars.DataFrame)
+        return frame
+
+    def __repr__(self) -> str:
+        if self._table is None:
+            return f"<Result {self.message or self.row_count!r}>"
+        return f"<Result {self.row_count} rows of {', '.join(self.columns)}>"
+
+
+def table_rows(table: pyarrow.Table) -> list[tuple[Any, ...]]:
+    """Rows of an Arrow table as tuples of the Python values that the types of SQL promise."""
+    if not table.num_columns:
+        return [()] * table.num_rows
+    columns = []
+    for field, column in zip(table.schema, table.columns, strict=True):
+        values = column.to_pylist()
+        convert = _converter(field)
+        columns.append(values if convert is None else [None if v is None else convert(v) for v in values])
+    return list(zip(*columns, strict=True))
+
+
+def _converter(field: pyarrow.Field) -> Callable[[Any], Any] | None:
+    kind = (field.metadata or {}).get(_TYPE_METADATA, b"")
+    if kind == b"UUID":
+        return uuid.UUID
+    if kind in (b"JSON", b"FILE"):
+        return msgspec.json.decode
+    return None

@@ -1,0 +1,65 @@
+"""Background work: a thread that does one bounded pass after another until it is stopped."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+
+from kalamdb.clock import Clock
+
+_BACK_OFF_S = 1.0
+_log = logging.getLogger("kalamdb.service")
+
+
+class Loop:
+    """Calls `step` every `interval_s` seconds, at once when woken, and again while it returns True.
+
+    `step` does one bounded pass. What it raises is logged and the loop goes on. Start and stop are
+    idempotent; tests call `step` themselves.
+    """
+
+    def __init__(self, name: str, step: Callable[[], bool], interval_s: float, clock: Clock) -> None:
+        self.name = name
+        self._step = step
+        self._interval_s = interval_s
+        self._clock = clock
+        self._wake = threading.Event()
+        self._stopping = False
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Begin; does nothing when it runs."""
+        if self._thread is None:
+            self._stopping = False
+            self._thread = threading.Thread(target=self._run, name=f"kalamdb-{self.name}", daemon=True)
+            self._thread.start()
+
+    def wake(self) -> None:
+        """Do the next pass now."""
+        self._wake.set()
+
+    def stop(self, timeout_s: float | None = None) -> bool:
+        """End after the running pass; True when the thread is gone within `timeout_s`."""
+        self._stopping = True
+        self._wake.set()
+        thread = self._thread
+        if thread is None or thread is threading.current_thread():
+            return True
+        thread.join(timeout_s)
+        if thread.is_alive():
+            return False
+        self._thread = None
+        return True
+
+    def _run(self) -> None:
+        while not self._stopping:
+            pause_s = self._interval_s
+            self._wake.clear()
+            try:
+                if self._step():
+                    continue
+            except Exception:
+                _log.exception("a pass of '%s' failed; it goes on", self.name)
+                pause_s = max(_BACK_OFF_S, self._interval_s)
+            self._clock.wait(self._wake, pause_s)

@@ -1,0 +1,288 @@
+"""The SQL engine: the only place that knows DataFusion.
+
+Every query gets a context of its own that holds only the tables its caller may see, each as a view
+over a `ScanPlan`. What hides rows (other scopes, deletions, marks) lies below a limit that the
+optimizer cannot push the caller's expressions through, so none of them is ever evaluated on a row
+that the caller must not see.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+from datafusion import DataFrame, RuntimeEnvBuilder, SessionConfig, SessionContext, SQLOptions, col, lit
+
+from kalamdb.errors import Closed, InvalidRequest, KalamDbError, LimitExceeded, Timeout
+from kalamdb.sql.functions import register_functions
+from kalamdb.tables.layout import FLAGS, KEY, SEQ
+from kalamdb.tables.scan import FilePart, MemoryPart, ScanPlan
+
+CATALOG = "kalam"
+DELETED = "_deleted"
+_BARRIER = 1 << 62
+"""A limit that never limits; the optimizer moves no filter below a limit."""
+_MARK_KEY, _MARK_SEQ = "_mark_key", "_mark_seq"
+_NOISE = re.compile(
+    r"^(DataFusion error: |Exception: |Error during planning: |Optimizer rule '[^']*' failed\s*|caused by\s*|"
+    r"Arrow error: |Execution error: |External error: |Schema error: |SQL error: |type_coercion\s*|"
+    r"Context\(\"[^\"]*\",?\s*)+"
+)
+_PATH = re.compile(r"(?<![\w.])(?:file://)?/?(?:[\w.\-]+/)+[\w.\-]+\.parquet(?::\d+\.\.\d+)?")
+_INTERNAL_NAME = re.compile(r"\b(?:_mark_key|_mark_seq|kalam\.)\b\.?")
+_ROWS = re.compile(r"metrics=\[[^\]]*\]")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLimits:
+    """Bounds of the engine. `memory_bytes_max` is shared by all queries, beyond it they spill to disk."""
+
+    memory_bytes_max: int = 1 << 30
+    target_partitions: int = 2
+    batch_rows: int = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class TableSource:
+    """One table of a query: its rows, and which system columns the statement may name."""
+
+    namespace: str
+    name: str
+    plan: ScanPlan | pa.Table
+    with_seq: bool = False
+    with_deleted: bool = False
+    with_key: bool = False
+    include_deleted: bool = False
+    """Tombstones are visible, with `_deleted` true."""
+
+
+Cancelled = Callable[[], bool]
+
+
+class QueryRun:
+    """A running query: an iterator of record batches. Dropping it ends the query."""
+
+    def __init__(self, schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> None:
+        self.schema = schema
+        self._batches = batches
+
+    def __iter__(self) -> Iterator[pa.RecordBatch]:
+        return self._batches
+
+    def table(self, bytes_max: int) -> pa.Table:
+        """All rows. Raises LimitExceeded when they take more than `bytes_max` bytes."""
+        batches, size = [], 0
+        for batch in self._batches:
+            size += batch.nbytes
+            if size > bytes_max:
+                raise LimitExceeded(
+                    f"the result takes more than {bytes_max} bytes (limits.result_bytes_max); "
+                    "add a LIMIT or read it with db.stream()"
+                )
+            batches.append(batch)
+        return pa.Table.from_batches(batches, self.schema)
+
+
+class Engine:
+    """Makes contexts and runs queries. Thread-safe."""
+
+    def __init__(self, limits: EngineLimits) -> None:
+        self._limits = limits
+        self._runtime = RuntimeEnvBuilder().with_disk_manager_os().with_fair_spill_pool(limits.memory_bytes_max)
+        self._lock = threading.Lock()
+
+    def query(
+        self,
+        sql: str,
+        sources: Sequence[TableSource],
+        *,
+        default_schema: str = "default",
+        views: Mapping[tuple[str, str], str] | None = None,
+        deadline: Callable[[], bool] = lambda: False,
+        cancelled: Cancelled = lambda: False,
+    ) -> QueryRun:
+        """Plan and start a query over `sources` and nothing else.
+
+        `deadline` and `cancelled` are asked between batches. Raises InvalidRequest for what the engine
+        refuses, LimitExceeded when memory does not suffice.
+        """
+        context = self._context(default_schema)
+        try:
+            for source in sources:
+                self._register(context, source)
+            for (namespace, name), text in (views or {}).items():
+                frame = context.sql_with_options(text, _READ_ONLY)
+                self._schema(context, namespace).register_table(name, frame.into_view())
+            frame = context.sql_with_options(sql, _READ_ONLY)
+            stream = frame.execute_stream()
+            schema = frame.schema()
+        except KalamDbError:
+            raise
+        except Exception as exc:  # noqa: BLE001 - DataFusion raises bare Exception
+            raise translate(exc) from exc
+        return QueryRun(schema, _batches(stream, deadline, cancelled))
+
+    def _context(self, default_schema: str) -> SessionContext:
+        limits = self._limits
+        config = (
+            SessionConfig()
+            .with_default_catalog_and_schema(CATALOG, default_schema)
+            .with_information_schema(False)
+            .with_target_partitions(limits.target_partitions)
+            .with_batch_size(limits.batch_rows)
+            .set("datafusion.execution.parquet.schema_force_view_types", "false")
+            .set("datafusion.sql_parser.map_string_types_to_utf8view", "false")
+        )
+        context = SessionContext(config, self._runtime)
+        register_functions(context)
+        return context
+
+    def _schema(self, context: SessionContext, namespace: str) -> Any:
+        from datafusion.catalog import Schema
+
+        catalog = context.catalog(CATALOG)
+        if namespace not in catalog.names():
+            catalog.register_schema(namespace, Schema.memory_schema())
+        return catalog.schema(namespace)
+
+    def _register(self, context: SessionContext, source: TableSource) -> None:
+        plan = source.plan
+        if isinstance(plan, pa.Table):
+            frame = context.create_dataframe([plan.to_batches() or [_empty(plan.schema)]])
+        else:
+            frame = plan_frame(context, plan, source)
+        self._schema(context, source.namespace).register_table(source.name, frame.into_view())
+
+
+_READ_ONLY = SQLOptions().with_allow_ddl(False).with_allow_dml(False).with_allow_statements(False)
+
+
+def _empty(schema: pa.Schema) -> pa.RecordBatch:
+    return pa.RecordBatch.from_arrays([pa.array([], field.type) for field in schema], schema=schema)
+
+
+def plan_frame(context: SessionContext, plan: ScanPlan, source: TableSource) -> DataFrame:
+    """A `ScanPlan` as a data frame with the columns of the table, and the system columns asked for."""
+    marks = None
+    if plan.marks is not None and any(part.has_hidden for part in plan.parts):
+        renamed = plan.marks.rename_columns([_MARK_KEY, _MARK_SEQ])
+        marks = context.create_dataframe([renamed.to_batches() or [_empty(renamed.schema)]])
+    frames = [_part_frame(context, plan, part, marks, source) for part in plan.parts]
+    if not frames:
+        schema = _target_schema(plan, source)
+        return context.create_dataframe([[_empty(schema)]])
+    whole = frames[0]
+    for frame in frames[1:]:
+        whole = whole.union(frame)
+    return whole
+
+
+def _target_schema(plan: ScanPlan, source: TableSource) -> pa.Schema:
+    fields = [column.field.with_name(column.name) for column in plan.columns]
+    if source.with_key:
+        fields.append(pa.field(KEY, pa.binary()))
+    if source.with_seq:
+        fields.append(pa.field(SEQ, pa.int64()))
+    if source.with_deleted:
+        fields.append(pa.field(DELETED, pa.bool_()))
+    return pa.schema(fields)
+
+
+def _part_frame(
+    context: SessionContext,
+    plan: ScanPlan,
+    part: FilePart | MemoryPart,
+    marks: DataFrame | None,
+    source: TableSource,
+) -> DataFrame:
+    guarded = False
+    if isinstance(part, FilePart):
+        frame = context.read_parquet(part.path, schema=part.schema, skip_metadata=True)
+        if part.key_start is not None:
+            frame = frame.filter(col(KEY) >= lit(part.key_start))
+            if part.key_end is not None:
+                frame = frame.filter(col(KEY) < lit(part.key_end))
+            guarded = not part.single_scope
+        base = part.seq_base
+    else:
+        batches = [batch for batch in part.batches if batch.num_rows] or [_empty(part.schema)]
+        frame = context.create_dataframe([batches])
+        base = 0
+    seq = col(SEQ) + lit(base) if base else col(SEQ)
+    if part.has_tombstones and not source.include_deleted:
+        frame = frame.filter((col(FLAGS) % lit(2)) == lit(0))
+        guarded = True
+    if marks is not None and part.has_hidden:
+        if base:
+            frame = frame.with_column(SEQ, seq)
+            seq = col(SEQ)
+        frame = frame.join_on(marks, col(KEY) == col(_MARK_KEY), col(SEQ) < col(_MARK_SEQ), how="anti")
+        guarded = True
+    if guarded:
+        frame = frame.limit(_BARRIER)
+    chosen = []
+    for column, projection in zip(plan.columns, part.projections, strict=True):
+        if projection.source is None:
+            value = lit(pa.scalar(projection.fill, column.field.type))
+        else:
+            value = col(projection.source)
+            if part.schema.field(projection.source).type != column.field.type:
+                value = value.cast(column.field.type)
+        metadata = column.field.metadata
+        chosen.append(value.alias(column.name, _texts(metadata)) if metadata else value.alias(column.name))
+    if source.with_key:
+        chosen.append(col(KEY))
+    if source.with_seq:
+        chosen.append(seq.alias(SEQ))
+    if source.with_deleted:
+        chosen.append(((col(FLAGS) % lit(2)) == lit(1)).alias(DELETED))
+    return frame.select(*chosen)
+
+
+def _texts(metadata: Mapping[bytes, bytes]) -> dict[str, str]:
+    return {key.decode(): value.decode() for key, value in metadata.items()}
+
+
+def _batches(stream: Any, deadline: Callable[[], bool], cancelled: Cancelled) -> Iterator[pa.RecordBatch]:
+    while True:
+        if cancelled():
+            raise Closed("the query was cancelled")
+        if deadline():
+            raise Timeout("the statement took longer than its deadline; narrow it or raise timeout_s")
+        try:
+            batch = next(stream, None)
+        except Exception as exc:  # noqa: BLE001 - DataFusion raises bare Exception
+            raise translate(exc) from exc
+        if batch is None:
+            return
+        yield batch.to_pyarrow()
+
+
+def translate(exc: Exception) -> KalamDbError:
+    """An error of the engine as one of our tree, without paths and names of our own."""
+    text = _PATH.sub("a segment", str(exc))
+    text = _INTERNAL_NAME.sub("", text)
+    if "Resources exhausted" in text:
+        return LimitExceeded(
+            "the query needs more memory than datafusion.memory_limit allows and could not spill; narrow it or raise the limit"
+        )
+    text = _NOISE.sub("", text).strip()
+    return InvalidRequest(text.split("\nbacktrace")[0][:2000] or "the engine refused the statement")
+
+
+def scrub_plan(text: str) -> str:
+    """EXPLAIN output without paths, figures and names that tell of rows below the barrier."""
+    text = _PATH.sub("segment", text)
+    text = _ROWS.sub("metrics=[]", text)
+    text = re.sub(r"file_groups=\{[^}]*\}", "file_groups={...}", text)
+    text = re.sub(r", (pruning_predicate|required_guarantees|predicate)=.*?(?=, \w+=|\n|$)", "", text)
+    text = re.sub(r"partition_sizes=\[[^\]]*\]", "partition_sizes=[...]", text)
+    text = re.sub(r"Binary\(\"[^\"]*\"\)", "key", text)
+    return re.sub(r"X'[0-9a-fA-F]*'|\b[0-9]{15,}\b", "...", text)
+
+
+__all__ = ["Engine", "EngineLimits", "QueryRun", "TableSource", "plan_frame", "scrub_plan", "translate"]

@@ -1,0 +1,261 @@
+"""What a statement says, as data. Parsed once; executed by `session`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from kalamdb.catalog import AlterChange, ColumnSpec
+from kalamdb.schema import Check, TableOptions
+from kalamdb.types import TableKind
+
+
+@dataclass(frozen=True, slots=True)
+class TableName:
+    """A table as the statement names it."""
+
+    namespace: str | None
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Param:
+    """A parameter: its 1-based number, or its name."""
+
+    key: int | str
+
+
+@dataclass(frozen=True, slots=True)
+class EngineExpr:
+    """An expression that the engine evaluates, as SQL text."""
+
+    sql: str
+
+
+class DefaultMarker:
+    """DEFAULT in a VALUES list."""
+
+
+DEFAULT = DefaultMarker()
+
+Expr = Any
+"""A Python literal, a Param, DEFAULT or an EngineExpr."""
+
+
+@dataclass(frozen=True, slots=True)
+class Statement:
+    """Common to all: the text."""
+
+    sql: str
+
+
+# Namespaces
+
+
+@dataclass(frozen=True, slots=True)
+class CreateNamespace(Statement):
+    name: str
+    if_not_exists: bool
+
+
+@dataclass(frozen=True, slots=True)
+class DropNamespace(Statement):
+    name: str
+    if_exists: bool
+
+
+@dataclass(frozen=True, slots=True)
+class AlterNamespace(Statement):
+    name: str
+    options: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class UseNamespace(Statement):
+    name: str
+
+
+# Tables
+
+
+@dataclass(frozen=True, slots=True)
+class CreateTable(Statement):
+    table: TableName
+    kind: TableKind | None
+    if_not_exists: bool
+    columns: tuple[ColumnSpec, ...]
+    primary_key: tuple[str, ...]
+    checks: tuple[Check, ...]
+    options: TableOptions
+
+
+@dataclass(frozen=True, slots=True)
+class DropTable(Statement):
+    table: TableName
+    if_exists: bool
+    kind: TableKind | None
+
+
+@dataclass(frozen=True, slots=True)
+class TruncateTable(Statement):
+    table: TableName
+
+
+@dataclass(frozen=True, slots=True)
+class AlterTable(Statement):
+    table: TableName
+    change: AlterChange
+
+
+@dataclass(frozen=True, slots=True)
+class CreateView(Statement):
+    view: TableName
+    query: str
+    or_replace: bool
+
+
+@dataclass(frozen=True, slots=True)
+class DropView(Statement):
+    view: TableName
+    if_exists: bool
+
+
+# Rows
+
+
+class ConflictAction(StrEnum):
+    ERROR = "error"
+    IGNORE = "ignore"
+    UPDATE = "update"
+
+
+@dataclass(frozen=True, slots=True)
+class ConflictClause:
+    """ON CONFLICT (columns) DO NOTHING, or DO UPDATE SET assignments [WHERE where]."""
+
+    columns: tuple[str, ...]
+    action: ConflictAction
+    assignments: tuple[tuple[str, Expr], ...] = ()
+    where: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Insert(Statement):
+    table: TableName
+    columns: tuple[str, ...] | None
+    rows: Sequence[Sequence[Expr]] | None
+    query: Select | None
+    conflict: ConflictClause | None
+    returning: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class KeyMatch:
+    """WHERE is nothing but `column = value` for these columns, each once."""
+
+    columns: tuple[str, ...]
+    values: tuple[Expr, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Update(Statement):
+    table: TableName
+    alias: str
+    assignments: tuple[tuple[str, Expr], ...]
+    where: str
+    key: KeyMatch | None
+    returning: str | None
+    tables: tuple[TableName, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Delete(Statement):
+    table: TableName
+    alias: str
+    where: str
+    key: KeyMatch | None
+    returning: str | None
+    tables: tuple[TableName, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class KeyLookup:
+    """The SELECT reads plain columns of one table by `key`. `projection` is None for `*`."""
+
+    key: KeyMatch
+    projection: tuple[tuple[str, str], ...] | None
+    """(column, output name)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Select(Statement):
+    """`sql` is the text for the engine; `tables` what it reads; `specials` the system columns it names."""
+
+    tables: tuple[TableName, ...]
+    specials: frozenset[str] = frozenset()
+    deleted_in_where: bool = False
+    lookup: KeyLookup | None = None
+    explain: bool = False
+    analyze: bool = False
+    params: tuple[int | str, ...] = ()
+    has_limit: bool = False
+    parameters_of_rows: dict[str, Any] = field(default_factory=dict)
+
+
+# Showing
+
+
+class ShowKind(StrEnum):
+    NAMESPACES = "namespaces"
+    TABLES = "tables"
+    COLUMNS = "columns"
+    ALL = "all"
+    STATS = "stats"
+    MANIFEST = "manifest"
+    DESCRIBE = "describe"
+    HISTORY = "history"
+    JOB = "job"
+
+
+@dataclass(frozen=True, slots=True)
+class Show(Statement):
+    kind: ShowKind
+    table: TableName | None = None
+    namespace: str | None = None
+    job_id: str | None = None
+
+
+# Work
+
+
+@dataclass(frozen=True, slots=True)
+class Maintain(Statement):
+    """STORAGE FLUSH or COMPACT of a table, or of all tables of a namespace."""
+
+    operation: str
+    table: TableName | None
+    namespace: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class CancelJob(Statement):
+    job_id: str
+
+
+class TransactionVerb(StrEnum):
+    BEGIN = "begin"
+    COMMIT = "commit"
+    ROLLBACK = "rollback"
+
+
+@dataclass(frozen=True, slots=True)
+class TransactionControl(Statement):
+    verb: TransactionVerb
+
+
+@dataclass(frozen=True, slots=True)
+class SetOption(Statement):
+    name: str
+    value: str

@@ -1,0 +1,211 @@
+"""A backend that behaves as one behind a network does: slow, busy, in doubt. Seeded, so it repeats."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+
+from kalamdb.clock import Clock
+from kalamdb.storage import (
+    ANY,
+    Batch,
+    Busy,
+    Commit,
+    CommitObserver,
+    ExpectationFailed,
+    JobStore,
+    Snapshot,
+    StorageBackend,
+    UnknownOutcome,
+)
+from kalamdb.storage.jobs import JobEvent, JobFilter, JobRow, JobStatus
+from kalamdb.types import JobId, RowFlags, Seq, TableUid
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Faults:
+    """How often a call fails, each a share of 0 to 1, and how long it takes."""
+
+    busy: float = 0.1
+    conflict: float = 0.1
+    unknown: float = 0.1
+    """Only of commits with an idempotency key; half of them really committed."""
+    delay_s: float = 0.001
+    """Longest wait of one call, through the Clock."""
+
+
+class FlakyBackend:
+    """A `StorageBackend` around another, with `caps.inline` off and faults drawn from `seed`."""
+
+    def __init__(
+        self, inner: StorageBackend, clock: Clock, *, seed: int = 0, faults: Faults | None = None
+    ) -> None:
+        self.caps = replace(inner.caps, inline=False)
+        self.faults = faults or Faults()
+        self.inner = inner
+        self.injected: dict[str, int] = {"busy": 0, "conflict": 0, "unknown": 0}
+        """How many faults of each kind were made so far."""
+        self._clock = clock
+        self._seed = seed
+        self._draws = 0
+        self._lock = threading.Lock()
+        self._jobs = _FlakyJobs(inner.jobs, self)
+
+    @property
+    def jobs(self) -> JobStore:
+        """The inner store's jobs, slow and at times busy."""
+        return self._jobs
+
+    def now_ms(self) -> int:
+        """The inner store's clock."""
+        return self.inner.now_ms()
+
+    def snapshot(self) -> AbstractContextManager[Snapshot]:
+        """See StorageBackend."""
+        self.delay()
+        return self.inner.snapshot()
+
+    def latest(self) -> Snapshot:
+        """See StorageBackend."""
+        self.delay()
+        return self.inner.latest()
+
+    def commit(self, batch: Batch) -> Commit:
+        """See StorageBackend; may fail without a cause. `is_injected` tells such a conflict from a real one."""
+        self.delay()
+        self.maybe_busy()
+        guarded = any(op.expect != ANY and op.bucket is None for op in batch.rows)
+        if guarded and self._draw() < self.faults.conflict:
+            self._count("conflict")
+            raise _InjectedConflict(batch.rows[0].table)
+        if batch.idempotency_key is not None and self._draw() < self.faults.unknown:
+            self._count("unknown")
+            if self._draw() < 0.5:
+                self.inner.commit(batch)
+            raise UnknownOutcome(batch.idempotency_key)
+        return self.inner.commit(batch)
+
+    def wait_durable(self, commit: Commit, *, names_files: bool = False) -> None:
+        """See StorageBackend."""
+        self.delay()
+        self.inner.wait_durable(commit, names_files=names_files)
+
+    def outcome(self, key: str) -> Commit | None:
+        """See StorageBackend."""
+        self.delay()
+        return self.inner.outcome(key)
+
+    def observe(self, observer: CommitObserver) -> None:
+        """See StorageBackend."""
+        self.inner.observe(observer)
+
+    def next_numbers(self, name: str, count: int = 1) -> int:
+        """See StorageBackend."""
+        self.delay()
+        return self.inner.next_numbers(name, count)
+
+    def remove_retired(self, rows_max: int = 1000) -> bool:
+        """See StorageBackend."""
+        self.delay()
+        return self.inner.remove_retired(rows_max)
+
+    def head(self) -> Seq:
+        """See StorageBackend."""
+        return self.inner.head()
+
+    def stats(self) -> Mapping[str, int]:
+        """See StorageBackend."""
+        return self.inner.stats()
+
+    def close(self) -> None:
+        """See StorageBackend."""
+        self.inner.close()
+
+    def delay(self) -> None:
+        """Take a part of `faults.delay_s`."""
+        if self.faults.delay_s:
+            self._clock.wait(threading.Event(), self._draw() * self.faults.delay_s)
+
+    def maybe_busy(self) -> None:
+        """Raise Busy as often as `faults.busy` says."""
+        if self._draw() < self.faults.busy:
+            self._count("busy")
+            raise Busy("the store is busy; try again")
+
+    def _draw(self) -> float:
+        with self._lock:
+            self._draws += 1
+            digest = hashlib.sha256(f"{self._seed}:{self._draws}".encode()).digest()
+        return int.from_bytes(digest[:7], "big") / (1 << 56)
+
+    def _count(self, kind: str) -> None:
+        with self._lock:
+            self.injected[kind] += 1
+
+
+class _InjectedConflict(ExpectationFailed):
+    """A conflict with a writer that is not there: what the caller saw is still true when it looks again."""
+
+    def __init__(self, table: TableUid) -> None:
+        super().__init__(
+            f"the segments of table {table} may have changed since the row was looked up",
+            what="manifest",
+            index=0,
+            found_flags=RowFlags.NONE,
+            table=table,
+        )
+
+
+def is_injected(error: Exception) -> bool:
+    """Whether a FlakyBackend made up this conflict."""
+    return isinstance(error, _InjectedConflict)
+
+
+class _FlakyJobs:
+    """A `JobStore` whose calls take time and whose claim is busy at times."""
+
+    def __init__(self, inner: JobStore, backend: FlakyBackend) -> None:
+        self._inner = inner
+        self._backend = backend
+
+    def claim(
+        self,
+        *,
+        limit: int,
+        runnable: Callable[[JobRow], bool],
+        on_claim: Callable[[JobRow], tuple[JobRow, tuple[tuple[str, str], ...]]],
+    ) -> list[JobRow]:
+        self._backend.delay()
+        self._backend.maybe_busy()
+        return self._inner.claim(limit=limit, runnable=runnable, on_claim=on_claim)
+
+    def next_due_ms(self) -> int | None:
+        self._backend.delay()
+        return self._inner.next_due_ms()
+
+    def get(self, job_id: JobId) -> JobRow | None:
+        self._backend.delay()
+        return self._inner.get(job_id)
+
+    def active_with_key(self, idempotency_key: str) -> JobRow | None:
+        self._backend.delay()
+        return self._inner.active_with_key(idempotency_key)
+
+    def query(self, wanted: JobFilter) -> list[JobRow]:
+        self._backend.delay()
+        return self._inner.query(wanted)
+
+    def count(self, status: JobStatus) -> int:
+        self._backend.delay()
+        return self._inner.count(status)
+
+    def events(self, job_id: JobId | None = None, *, after: int = 0, limit: int = 1000) -> Sequence[JobEvent]:
+        self._backend.delay()
+        return self._inner.events(job_id, after=after, limit=limit)
+
+    def delete(self, job_ids: Sequence[JobId]) -> int:
+        self._backend.delay()
+        return self._inner.delete(job_ids)
