@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
@@ -199,9 +199,6 @@ class Select(Statement):
     lookup: KeyLookup | None = None
     explain: bool = False
     analyze: bool = False
-    params: tuple[int | str, ...] = ()
-    has_limit: bool = False
-    parameters_of_rows: dict[str, Any] = field(default_factory=dict)
 
 
 # Showing

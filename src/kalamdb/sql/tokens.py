@@ -178,3 +178,15 @@ def split(tokens: Sequence[Token]) -> Iterator[list[Token]]:
             current.append(token)
     if current:
         yield current
+
+
+def number_params(sql: str, tokens: Sequence[Token]) -> str:
+    """The text with each positional `?` as `$1`, `$2`, ...; `?` before a string is the JSON operator."""
+    pieces: list[str] = []
+    previous = number = 0
+    for token, following in zip(tokens, [*tokens[1:], None], strict=True):
+        if token.text == "?" and (following is None or following.kind is not TokenKind.STRING):
+            number += 1
+            pieces += [sql[previous : token.start], f"${number}"]
+            previous = token.end
+    return "".join(pieces) + sql[previous:]

@@ -154,6 +154,8 @@ class JobEvent(msgspec.Struct, frozen=True, kw_only=True):
     at: int
     level: str
     text: str
+    position: int = 0
+    """Place in the commit order over all jobs; rises, with gaps where jobs were deleted. Set by the store."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,20 +9,24 @@ Keys: one byte of space, then
     ROW      table uid (8), row key           value: _seq (8), flags (1), payload
     STREAM   table uid (8), bucket (8), scope prefix, _seq (8)
     OUTCOME  idempotency key                  value: time (8) + encoded commit
+    OUTCOME_AGE  time (8), idempotency key    to find the outcomes that are old enough to go
     JOB...   see job_index
 """
 
 from __future__ import annotations
 
+import os
 import struct
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import IntEnum
+from itertools import islice
+
 import msgspec
 
 from kalamdb.clock import Clock, seq_at_ms
-from kalamdb.errors import Closed, Internal, KalamDbError, Unavailable
+from kalamdb.errors import Closed, Internal, InvalidRequest, KalamDbError, Unavailable
 from kalamdb.storage import (
     ABSENT,
     ANY,
@@ -44,18 +48,20 @@ from kalamdb.storage import (
     record_prefix,
 )
 from kalamdb.storage.job_index import JobIndex
+from kalamdb.storage.jobs import JobRow
 from kalamdb.storage.ordered import KvReader, OrderedKv, Range, Write
-from kalamdb.types import RowFlags, Scope, Seq, TableUid
+from kalamdb.types import JobId, RowFlags, Scope, Seq, TableUid
 
 
 class Space(IntEnum):
-    """First byte of each key."""
+    """First byte of each key. Part of the stored format."""
 
     META = 1
     RECORD = 2
     ROW = 3
     STREAM = 4
     OUTCOME = 5
+    OUTCOME_AGE = 6
 
 
 _META = bytes([Space.META])
@@ -63,12 +69,16 @@ _RECORD = bytes([Space.RECORD])
 _ROW = bytes([Space.ROW])
 _STREAM = bytes([Space.STREAM])
 _OUTCOME = bytes([Space.OUTCOME])
+_OUTCOME_AGE = bytes([Space.OUTCOME_AGE])
 _LAST_SEQ = _META + b"last_seq"
 _ROW_HEADER = struct.Struct(">QB")
 _NUMBER = struct.Struct(">Q")
 _NUMBER_BLOCK = 1024
 _OUTCOME_KEPT_MS = 24 * 3_600_000
-_OUTCOME_PRUNE_EVERY = 1000
+_OUTCOMES_PRUNED_MAX = 8
+"""Old outcomes that one commit with a key removes: more than it adds, so they never pile up."""
+_REMOVAL_ROWS_MAX = 1000
+
 
 def _table_key(uid: TableUid) -> bytes:
     return _NUMBER.pack(uid)
@@ -86,28 +96,37 @@ def _row_range(uid: TableUid, start: bytes = b"", end: bytes | None = None) -> R
 class Reader:
     """Typed reads over raw ones; a `Snapshot` when the raw reader is one."""
 
-    def __init__(self, kv: KvReader, seq: Seq, watermarks: Mapping[TableUid, Seq]) -> None:
+    def __init__(
+        self, kv: KvReader, seq: Seq, watermarks: Mapping[TableUid, Seq], check_open: Callable[[], None]
+    ) -> None:
         self._kv = kv
-        self.seq = seq
+        self._seq = seq
         self._watermarks = watermarks
+        self._check_open = check_open
+
+    @property
+    def seq(self) -> Seq:
+        """See Snapshot."""
+        return self._seq
 
     def records(self, wanted: Sequence[bytes]) -> list[Record | None]:
         """See Snapshot."""
+        self._check_open()
         return [_record(value) for value in self._kv.get_many([_RECORD + key for key in wanted])]
 
     def scan_records(
         self, start: bytes, end: bytes, *, reverse: bool = False, limit: int | None = None
     ) -> Iterator[tuple[bytes, Record]]:
         """See Snapshot."""
-        for at, (key, value) in enumerate(self._kv.scan(_RECORD + start, _RECORD + end, reverse=reverse)):
-            if limit is not None and at >= limit:
-                return
+        self._check_open()
+        for key, value in islice(self._kv.scan(_RECORD + start, _RECORD + end, reverse=reverse), limit):
             record = _record(value)
             assert record is not None
             yield key[1:], record
 
     def rows(self, table: TableUid, row_keys: Sequence[bytes]) -> list[HotRow | None]:
         """See Snapshot."""
+        self._check_open()
         prefix, watermark = _ROW + _table_key(table), self.watermark(table)
         values = self._kv.get_many([prefix + key for key in row_keys])
         return [_hot_row(key, value, watermark) for key, value in zip(row_keys, values, strict=True)]
@@ -116,6 +135,7 @@ class Reader:
         self, table: TableUid, scope: Scope | None = None, *, after_key: bytes = b"", chunk_rows: int = 4096
     ) -> Iterator[list[HotRow]]:
         """See Snapshot."""
+        self._check_open()
         watermark = self.watermark(table)
         first, last = b"", None
         if scope is not None:
@@ -131,6 +151,7 @@ class Reader:
             chunk.append(row)
             if len(chunk) >= chunk_rows:
                 yield chunk
+                self._check_open()
                 chunk = []
         if chunk:
             yield chunk
@@ -153,12 +174,14 @@ class Reader:
                 chunk.append(StreamRow(owner, _NUMBER.unpack(key[-8:])[0], value))
                 if len(chunk) >= chunk_rows:
                     yield chunk
+                    self._check_open()
                     chunk = []
         if chunk:
             yield chunk
 
     def buckets(self, table: TableUid) -> list[int]:
         """See Snapshot."""
+        self._check_open()
         prefix = _STREAM + _table_key(table)
         end = keys.prefix_end(prefix)
         assert end is not None
@@ -192,12 +215,25 @@ class KvBackend:
     """`StorageBackend` over an `OrderedKv`. `durability` is "commit" (each commit waits for the disk) or
     "os" (only commits that name files do). `on_close` runs last in close()."""
 
-    def __init__(self, kv: OrderedKv, clock: Clock, *, durability: str = "commit", node_id: int = 0) -> None:
+    def __init__(
+        self,
+        kv: OrderedKv,
+        clock: Clock,
+        *,
+        durability: str = "commit",
+        node_id: int = 0,
+        on_close: Callable[[], None] = lambda: None,
+    ) -> None:
+        if durability not in ("commit", "os"):
+            raise InvalidRequest(f"storage.durability is '{durability}'; it must be 'commit' or 'os'")
         self.caps = kv.caps
         self._kv = kv
         self._clock = clock
         self._durable_always = durability == "commit"
         self._node_bits = (node_id & 0x3FF) << 12
+        self._on_close = on_close
+        self._pid = os.getpid()
+        # Reentrant: an observer and a claim's callback may read through the backend.
         self._lock = threading.RLock()
         self._observers: list[CommitObserver] = []
         self._closed = False
@@ -208,14 +244,15 @@ class KvBackend:
         self._heads: dict[TableUid, Seq] = {}
         self._watermarks: dict[TableUid, Seq] = {}
         self._removals: dict[TableUid, bytes] = {}
+        """Where the removal of a table's dead versions goes on."""
         for key, value in kv.scan(*_record_range(RecordKind.WATERMARK)):
             self._watermarks[_uid_of(key)] = _NUMBER.unpack(value[8:])[0]
         for key, _ in kv.scan(*_record_range(RecordKind.REMOVAL)):
             self._removals[_uid_of(key)] = b""
         self._numbers: dict[str, tuple[int, int]] = {}
         self._commits = 0
-        self._committer = _Committer(kv, self._fail)
-        self._jobs = JobIndex(kv, clock, self._lock, self._commit_jobs)
+        self._committer = _Committer(kv, self.head, self._fail)
+        self._jobs = JobIndex(kv, clock, self._lock, self._commit, self._check_open)
 
     @property
     def jobs(self) -> JobIndex:
@@ -232,7 +269,7 @@ class KvBackend:
         with self._lock:
             self._check_open()
             raw = self._kv.snapshot()
-            reader = Reader(raw, self._last, dict(self._watermarks))
+            reader = Reader(raw, self._last, dict(self._watermarks), self._check_open)
         try:
             yield reader
         finally:
@@ -241,7 +278,7 @@ class KvBackend:
     def latest(self) -> Snapshot:
         """See StorageBackend."""
         self._check_open()
-        return Reader(self._kv, self._last, self._watermarks)
+        return Reader(self._kv, self._last, self._watermarks, self._check_open)
 
     def head(self) -> Seq:
         """See StorageBackend."""
@@ -253,42 +290,42 @@ class KvBackend:
             self._observers.append(observer)
 
     def commit(self, batch: Batch) -> Commit:
-        """See StorageBackend."""
+        """See StorageBackend. A batch whose idempotency key is known is not applied again."""
+        return self._commit(batch, (), {})
+
+    def _commit(self, batch: Batch, extra: Sequence[Write], jobs: Mapping[JobId, JobRow]) -> Commit:
         with self._lock:
             self._check_writable()
             known = self._known_outcome(batch.idempotency_key)
             if known is not None:
                 return known
-            self._check(batch)
-            last = self._last
-            first = self._next_seq()
-            seqs = list(range(first, first + len(batch.rows)))
+            found = self._check(batch)
+            first = max(seq_at_ms(self._clock.now_ms()) | self._node_bits, self._last + 1)
+            seqs = range(first, first + len(batch.rows))
             seq = max(first, first + len(batch.rows) + batch.reserve - 1)
-            writes: list[Write] = []
-            ranges: list[Range] = []
-            replaced = self._stage_rows(batch.rows, seqs, writes)
+            staged = self._jobs.stage(batch.jobs, jobs)
+            writes: list[Write] = [*staged.writes, *extra]
+            replaced = self._stage_rows(batch.rows, seqs, found, writes)
             for op in batch.records:
-                self._stage_record(op, seq, writes)
+                if not op.check:
+                    writes.append((_RECORD + op.key, None if op.value is None else _NUMBER.pack(seq) + op.value))
             for retire in batch.retire:
                 self._stage_retire(retire, seq, writes)
-            self._stage_deletes(batch, writes, ranges)
-            staged = self._jobs.stage(batch.jobs, self._clock.now_ms(), writes)
-            commit = Commit(seq, seqs, replaced, staged.ids)
+            commit = Commit(seq, seqs, replaced, tuple(staged.ids))
             if batch.idempotency_key is not None:
-                writes.append((_OUTCOME + batch.idempotency_key.encode(), self._encode_outcome(commit)))
+                self._stage_outcome(batch.idempotency_key, commit, writes)
             writes.append((_LAST_SEQ, _NUMBER.pack(seq)))
-            self._write(writes, ranges)
-            assert seq > last
+            assert seq > self._last
+            self._write(writes, _deleted_ranges(batch))
             self._last = seq
-            staged.apply()
+            self._jobs.apply(staged)
             self._follow(batch, commit)
         return commit
 
     def wait_durable(self, commit: Commit, *, names_files: bool = False) -> None:
         """See StorageBackend."""
         if self._durable_always or names_files:
-            self._committer.wait()
-            self._check_failure()
+            self._committer.wait(commit.seq)
 
     def outcome(self, key: str) -> Commit | None:
         """See StorageBackend."""
@@ -296,62 +333,71 @@ class KvBackend:
         return self._known_outcome(key)
 
     def next_numbers(self, name: str, count: int = 1) -> int:
-        """See StorageBackend."""
+        """See StorageBackend. Blocks for the disk once in a thousand numbers."""
+        if count < 1:
+            raise Internal(f"{count} numbers of counter '{name}' cannot be reserved")
         with self._lock:
             self._check_writable()
             following, end = self._numbers.get(name, (0, 0))
-            key = _META + b"number:" + name.encode()
-            if following + count > end or not end:
-                stored = self._kv.get(key)
-                start = _NUMBER.unpack(stored)[0] if stored else 1
-                following = max(following, start) if end else start
-                end = following + max(count, _NUMBER_BLOCK)
-                self._write([(key, _NUMBER.pack(end))], [])
+            if following + count > end:
+                following, end = self._reserve_numbers(name, count)
             self._numbers[name] = (following + count, end)
             return following
 
-    def remove_retired(self, rows_max: int = 1000) -> bool:
+    def _reserve_numbers(self, name: str, count: int) -> tuple[int, int]:
+        # What is left of the block before is skipped: gaps are allowed, repetition is not.
+        key = _META + b"number:" + name.encode()
+        stored = self._kv.get(key)
+        following: int = _NUMBER.unpack(stored)[0] if stored else 1
+        end = following + max(count, _NUMBER_BLOCK)
+        self._write([(key, _NUMBER.pack(end))], [])
+        if self._durable_always:
+            # A number may leave the process without a commit that would be durable after this write.
+            try:
+                self._kv.sync()
+            except KalamDbError as exc:
+                self._fail(str(exc))
+                raise
+        return following, end
+
+    def remove_retired(self, rows_max: int = _REMOVAL_ROWS_MAX) -> bool:
         """See StorageBackend."""
         with self._lock:
             self._check_writable()
             if not self._removals:
                 return False
-            uid, cursor = next(iter(self._removals.items()))
+            uid, start = next(iter(self._removals.items()))
             watermark = self._watermarks.get(uid, 0)
-            done = [(_RECORD + record_key(RecordKind.REMOVAL, uid), None)]
-            if uid in self._heads and self._heads[uid] <= watermark:
-                self._write(done, [_row_range(uid)])
-                del self._removals[uid]
-                return bool(self._removals)
-        dead: list[bytes] = []
-        last = cursor
-        more = False
-        for seen, (key, value) in enumerate(self._kv.scan(*_row_range(uid, cursor))):
-            if seen >= rows_max:
-                more = True
-                break
-            last = key[9:]
-            if _ROW_HEADER.unpack_from(value)[0] <= watermark:
-                dead.append(key)
+            if self._heads.get(uid, self._opened_at) <= watermark:
+                return self._end_removal(uid, [], [_row_range(uid)])
+        # Read without the lock; what is dead stays dead unless it is overwritten, which is checked below.
+        limit = max(1, min(rows_max, _REMOVAL_ROWS_MAX))
+        seen = list(islice(self._kv.scan(*_row_range(uid, start)), limit))
+        dead = [key for key, value in seen if _ROW_HEADER.unpack_from(value)[0] <= watermark]
         with self._lock:
             self._check_writable()
             if uid not in self._removals:
                 return bool(self._removals)
-            values = self._kv.get_many(dead)
             writes: list[Write] = [
                 (key, None)
-                for key, value in zip(dead, values, strict=True)
+                for key, value in zip(dead, self._kv.get_many(dead), strict=True)
                 if value is not None and _ROW_HEADER.unpack_from(value)[0] <= watermark
             ]
-            if more:
-                self._removals[uid] = last
-            elif self._watermarks.get(uid, 0) == watermark:
-                writes += done
-                del self._removals[uid]
-            else:
+            if self._watermarks.get(uid, 0) != watermark:
+                # Another flush came in between: what was passed may be dead by now.
                 self._removals[uid] = b""
-            self._write(writes, [])
-            return bool(self._removals)
+            elif len(seen) == limit:
+                self._removals[uid] = seen[-1][0][9:] + b"\x00"
+            else:
+                return self._end_removal(uid, writes, [])
+            if writes:
+                self._write(writes, [])
+            return True
+
+    def _end_removal(self, uid: TableUid, writes: list[Write], ranges: list[Range]) -> bool:
+        self._write([*writes, (_RECORD + record_key(RecordKind.REMOVAL, uid), None)], ranges)
+        del self._removals[uid]
+        return bool(self._removals)
 
     def stats(self) -> Mapping[str, int]:
         """See StorageBackend."""
@@ -365,30 +411,35 @@ class KvBackend:
 
     def close(self) -> None:
         """See StorageBackend."""
+        if os.getpid() != self._pid:
+            return
         with self._lock:
             if self._closed:
                 return
             self._closed = True
-        self._committer.stop()
-        self._kv.close()
+        try:
+            self._committer.stop()
+            self._kv.close()
+        finally:
+            self._on_close()
 
     # Checking
 
     def _check_open(self) -> None:
+        if os.getpid() != self._pid:
+            raise Closed(
+                f"the database was opened by process {self._pid}; after fork() process {os.getpid()} must open its own"
+            )
         if self._closed:
             raise Closed("the database is closed; open it again")
 
-    def _check_failure(self) -> None:
-        if self._failure is not None:
-            raise Unavailable(
-                f"writes are refused since a commit failed: {self._failure}; mend the cause, then close and open the database"
-            )
-
     def _check_writable(self) -> None:
         self._check_open()
-        self._check_failure()
+        if self._failure is not None:
+            raise _refused(self._failure)
 
     def _fail(self, cause: str) -> None:
+        """Refuse writes from now on: what reached the disk is not known before it is opened again."""
         self._failure = self._failure or cause
 
     def _write(self, writes: Sequence[Write], ranges: Sequence[Range]) -> None:
@@ -398,7 +449,8 @@ class KvBackend:
             self._fail(str(exc))
             raise
 
-    def _check(self, batch: Batch) -> None:
+    def _check(self, batch: Batch) -> list[Seq]:
+        """Expectations of the batch; returns the stored `_seq` of each row, 0 for none."""
         for op in batch.records:
             self._check_record(op)
         for table, since in batch.quiet:
@@ -407,11 +459,14 @@ class KvBackend:
                 raise ExpectationFailed(
                     f"table {table} was written at {head}, after {since}", what="quiet", table=table, found=head
                 )
-        if batch.rows:
-            self._check_rows(batch)
         for retire in batch.retire:
-            if retire.watermark < self._watermarks.get(retire.table, 0):
-                raise Internal(f"the watermark of table {retire.table} cannot move back to {retire.watermark}")
+            current = self._watermarks.get(retire.table, 0)
+            if not current <= retire.watermark <= self._last:
+                raise Internal(
+                    f"the watermark of table {retire.table} cannot move from {current} to {retire.watermark} "
+                    f"(the last seq is {self._last})"
+                )
+        return self._check_rows(batch) if batch.rows else []
 
     def _check_record(self, op: RecordOp) -> None:
         if op.expect == ANY:
@@ -422,20 +477,21 @@ class KvBackend:
         if not holds:
             kind = RecordKind(op.key[0]).name.lower()
             raise ExpectationFailed(
-                f"a {kind} record is at version {version}, expected {_expected(op.expect)}", what="record", key=op.key, found=version
-            )
+                f"a {kind} record is at version {version}, expected {_expected(op.expect)}",
+                what="record", key=op.key, found=version,
+            )  # fmt: skip
 
-    def _check_rows(self, batch: Batch) -> None:
+    def _check_rows(self, batch: Batch) -> list[Seq]:
         checked = [(at, op) for at, op in enumerate(batch.rows) if op.bucket is None]
         if len({(op.table, op.key) for _, op in checked}) != len(checked):
             raise Internal("a batch writes one row twice")
         stored = self._kv.get_many([_ROW + _table_key(op.table) + op.key for _, op in checked])
         manifests: dict[TableUid, Seq] = {}
-        self._found: list[Seq] = [0] * len(batch.rows)
+        found: list[Seq] = [0] * len(batch.rows)
         for (at, op), value in zip(checked, stored, strict=True):
             if value is not None:
                 seq, flags = _ROW_HEADER.unpack_from(value)
-                self._found[at] = seq
+                found[at] = seq
                 if op.expect not in (ANY, seq):
                     raise ExpectationFailed(
                         f"a row is at version {seq}, expected {_expected(op.expect)}",
@@ -449,6 +505,7 @@ class KvBackend:
                         f"the segments of table {op.table} changed since the row was looked up",
                         what="manifest", index=at, table=op.table,
                     )  # fmt: skip
+        return found
 
     def _manifest(self, uid: TableUid) -> Seq:
         stored = self._kv.get(_RECORD + record_key(RecordKind.MANIFEST, uid))
@@ -456,40 +513,23 @@ class KvBackend:
 
     # Staging
 
-    def _next_seq(self) -> Seq:
-        return max(seq_at_ms(self._clock.now_ms()) | self._node_bits, self._last + 1)
-
-    def _stage_rows(self, rows: Sequence[RowOp], seqs: Sequence[Seq], writes: list[Write]) -> list[Seq]:
-        replaced: list[Seq] = []
+    def _stage_rows(
+        self, rows: Sequence[RowOp], seqs: Sequence[Seq], found: Sequence[Seq], writes: list[Write]
+    ) -> list[Seq]:
+        replaced = [0] * len(rows)
         for at, (op, seq) in enumerate(zip(rows, seqs, strict=True)):
             if op.bucket is not None:
                 key = _STREAM + _table_key(op.table) + _NUMBER.pack(op.bucket) + op.key + _NUMBER.pack(seq)
                 writes.append((key, op.payload))
-                replaced.append(0)
                 continue
             writes.append((_ROW + _table_key(op.table) + op.key, _ROW_HEADER.pack(seq, op.flags) + op.payload))
-            found = self._found[at]
-            replaced.append(found if found > self._watermarks.get(op.table, 0) else 0)
+            if found[at] > self._watermarks.get(op.table, 0):
+                replaced[at] = found[at]
         return replaced
-
-    def _stage_record(self, op: RecordOp, seq: Seq, writes: list[Write]) -> None:
-        if not op.check:
-            writes.append((_RECORD + op.key, None if op.value is None else _NUMBER.pack(seq) + op.value))
 
     def _stage_retire(self, retire: Retire, seq: Seq, writes: list[Write]) -> None:
         for kind, value in ((RecordKind.WATERMARK, _NUMBER.pack(retire.watermark)), (RecordKind.REMOVAL, b"")):
             writes.append((_RECORD + record_key(kind, retire.table), _NUMBER.pack(seq) + value))
-
-    def _stage_deletes(self, batch: Batch, writes: list[Write], ranges: list[Range]) -> None:
-        for uid in batch.delete_tables:
-            for space in (_ROW, _STREAM):
-                prefix = space + _table_key(uid)
-                end = keys.prefix_end(prefix)
-                assert end is not None
-                ranges.append((prefix, end))
-        for uid, bucket in batch.delete_buckets:
-            prefix = _STREAM + _table_key(uid)
-            ranges.append((prefix + _NUMBER.pack(bucket), prefix + _NUMBER.pack(bucket + 1)))
 
     def _follow(self, batch: Batch, commit: Commit) -> None:
         self._commits += 1
@@ -500,41 +540,53 @@ class KvBackend:
             self._watermarks[retire.table] = retire.watermark
             self._removals[retire.table] = b""
         for uid in batch.delete_tables:
-            self._heads.pop(uid, None)
+            self._heads[uid] = commit.seq
             self._watermarks.pop(uid, None)
             self._removals.pop(uid, None)
-        if batch.idempotency_key is not None and self._commits % _OUTCOME_PRUNE_EVERY == 0:
-            self._prune_outcomes()
         for observer in self._observers:
             observer(batch, commit)
 
-    def _commit_jobs(self, writes: list[Write]) -> None:
-        """Write what a claim or a purge staged; called by the job index under the commit lock."""
-        self._check_writable()
-        self._write(writes, [])
-
     # Outcomes
 
-    def _encode_outcome(self, commit: Commit) -> bytes:
+    def _stage_outcome(self, key: str, commit: Commit, writes: list[Write]) -> None:
+        now_ms = self._clock.now_ms()
+        name, now = key.encode(), _NUMBER.pack(now_ms)
+        oldest = _OUTCOME_AGE + _NUMBER.pack(max(now_ms - _OUTCOME_KEPT_MS, 0))
+        for aged, _ in islice(self._kv.scan(_OUTCOME_AGE, oldest), _OUTCOMES_PRUNED_MAX):
+            writes.append((aged, None))
+            stored = self._kv.get(_OUTCOME + aged[9:])
+            if stored is not None and stored[:8] == aged[1:9]:
+                writes.append((_OUTCOME + aged[9:], None))
         body = (commit.seq, list(commit.seqs), list(commit.replaced), list(commit.jobs))
-        return _NUMBER.pack(self._clock.now_ms()) + msgspec.msgpack.encode(body)
+        writes.append((_OUTCOME + name, now + msgspec.msgpack.encode(body)))
+        writes.append((_OUTCOME_AGE + now + name, b""))
 
     def _known_outcome(self, key: str | None) -> Commit | None:
-        if key is None:
-            return None
-        stored = self._kv.get(_OUTCOME + key.encode())
-        if stored is None:
+        stored = None if key is None else self._kv.get(_OUTCOME + key.encode())
+        if stored is None or _NUMBER.unpack_from(stored)[0] < self._clock.now_ms() - _OUTCOME_KEPT_MS:
             return None
         seq, seqs, replaced, jobs = msgspec.msgpack.decode(stored[8:])
         return Commit(seq, seqs, replaced, tuple(jobs))
 
-    def _prune_outcomes(self) -> None:
-        oldest = self._clock.now_ms() - _OUTCOME_KEPT_MS
-        end = keys.prefix_end(_OUTCOME)
-        assert end is not None
-        gone = [key for key, value in self._kv.scan(_OUTCOME, end) if _NUMBER.unpack_from(value)[0] < oldest]
-        if gone:
-            self._write([(key, None) for key in gone], [])
+
+def _deleted_ranges(batch: Batch) -> list[Range]:
+    ranges: list[Range] = []
+    for uid in batch.delete_tables:
+        for space in (_ROW, _STREAM):
+            prefix = space + _table_key(uid)
+            end = keys.prefix_end(prefix)
+            assert end is not None
+            ranges.append((prefix, end))
+    for uid, bucket in batch.delete_buckets:
+        prefix = _STREAM + _table_key(uid)
+        ranges.append((prefix + _NUMBER.pack(bucket), prefix + _NUMBER.pack(bucket + 1)))
+    return ranges
+
+
+def _refused(cause: str) -> Unavailable:
+    return Unavailable(
+        f"writes are refused since a commit failed: {cause}; mend the cause, then close and open the database"
+    )
 
 
 def _expected(expect: Seq) -> str:
@@ -551,57 +603,61 @@ def _uid_of(key: bytes) -> TableUid:
 
 
 class _Committer:
-    """Group commit: one thread syncs for all that wait. Whoever came before a sync began is done by it."""
+    """Group commit: one thread syncs for all that wait. Whoever wrote before a sync began is done by it."""
 
-    def __init__(self, kv: OrderedKv, fail: Callable[[str], None]) -> None:
+    def __init__(self, kv: OrderedKv, head: Callable[[], Seq], fail: Callable[[str], None]) -> None:
         self._kv = kv
+        self._head = head
         self._fail = fail
         self._condition = threading.Condition()
-        self._asked = 0
-        self._done = 0
+        self._wanted: Seq = 0
+        # What was read back at the opening is on disk: RocksDB writes the recovered log to a file.
+        self._synced: Seq = head()
         self._stopping = False
-        self._error: KalamDbError | None = None
+        self._cause: str | None = None
         self._thread: threading.Thread | None = None
         self.groups = 0
 
-    def wait(self) -> None:
-        """Block until everything written before this call is durable. Raises Unavailable when the disk refuses."""
+    def wait(self, seq: Seq) -> None:
+        """Block until commits up to `seq` are durable. Raises Unavailable when the disk refuses."""
         with self._condition:
+            if seq <= self._synced:
+                return
             if self._stopping:
                 raise Closed("the database is closed; open it again")
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="kalamdb-committer", daemon=True)
                 self._thread.start()
-            self._asked += 1
-            ticket = self._asked
+            self._wanted = max(self._wanted, seq)
             self._condition.notify_all()
-            while self._done < ticket and self._error is None:
+            while self._synced < seq and self._cause is None:
                 self._condition.wait()
-            if self._done < ticket and self._error is not None:
-                raise Unavailable(f"a commit could not be made durable: {self._error}")
+            if self._synced < seq:
+                assert self._cause is not None
+                raise _refused(self._cause)
 
     def _run(self) -> None:
         while True:
             with self._condition:
-                while self._asked == self._done and not self._stopping:
+                while self._wanted <= self._synced and not self._stopping:
                     self._condition.wait()
-                if self._asked == self._done:
+                if self._wanted <= self._synced:
                     return
-                upto = self._asked
-            error: KalamDbError | None = None
+            upto = self._head()
+            cause: str | None = None
             try:
                 self._kv.sync()
             except KalamDbError as exc:
-                error = exc
+                cause = str(exc)
+                self._fail(cause)
             with self._condition:
-                if error is not None:
-                    self._error = error
-                    self._fail(str(error))
-                    self._condition.notify_all()
-                    return
-                self._done = upto
-                self.groups += 1
+                if cause is None:
+                    self._synced = upto
+                    self.groups += 1
+                self._cause = cause
                 self._condition.notify_all()
+                if cause is not None:
+                    return
 
     def stop(self) -> None:
         """Sync what is asked for, then end the thread."""

@@ -5,32 +5,35 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 
 from sortedcontainers import SortedDict
 
 from kalamdb.storage import Caps
 from kalamdb.storage.ordered import Range, Write
 
+_CHUNK_KEYS = 256
+
 
 class _View:
-    """Reads of one version of the map."""
+    """Reads of one version of the map, which nobody changes while a view of it is alive."""
 
     def __init__(self, entries: SortedDict[bytes, bytes]) -> None:
-        self._entries = entries
+        self.entries: SortedDict[bytes, bytes] = entries
 
     def get(self, key: bytes) -> bytes | None:
-        return self._entries.get(key)
+        return self.entries.get(key)
 
     def get_many(self, wanted: Sequence[bytes]) -> list[bytes | None]:
-        return [self._entries.get(key) for key in wanted]
+        return [self.entries.get(key) for key in wanted]
 
     def scan(self, start: bytes, end: bytes, *, reverse: bool = False) -> Iterator[tuple[bytes, bytes]]:
-        entries = self._entries
+        entries = self.entries
         for key in entries.irange(start, end, inclusive=(True, False), reverse=reverse):
             yield key, entries[key]
 
     def close(self) -> None:
-        """Nothing to release."""
+        self.entries = SortedDict()
 
 
 class MemoryKv:
@@ -47,20 +50,26 @@ class MemoryKv:
         return self._entries.get(key)
 
     def get_many(self, wanted: Sequence[bytes]) -> list[bytes | None]:
-        return [self._entries.get(key) for key in wanted]
+        with self._lock:
+            return [self._entries.get(key) for key in wanted]
 
     def scan(self, start: bytes, end: bytes, *, reverse: bool = False) -> Iterator[tuple[bytes, bytes]]:
-        with self._lock:
-            entries = self._entries
-            chosen = list(entries.irange(start, end, inclusive=(True, False), reverse=reverse))
-        for key in chosen:
-            value = entries.get(key)
-            if value is not None:
-                yield key, value
+        bounds = (True, False)
+        while True:
+            with self._lock:
+                keys = self._entries.irange(start, end, inclusive=bounds, reverse=reverse)
+                chunk = [(key, self._entries[key]) for key in islice(keys, _CHUNK_KEYS)]
+            yield from chunk
+            if len(chunk) < _CHUNK_KEYS:
+                return
+            if reverse:
+                end = chunk[-1][0]
+            else:
+                start, bounds = chunk[-1][0], (False, False)
 
     def write(self, writes: Sequence[Write], ranges: Sequence[Range] = ()) -> None:
         with self._lock:
-            if any(view._entries is self._entries for view in self._views):
+            if any(view.entries is self._entries for view in self._views):
                 self._entries = self._entries.copy()
             entries = self._entries
             for start, end in ranges:

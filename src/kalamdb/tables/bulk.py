@@ -35,7 +35,7 @@ from kalamdb.storage import (
 )
 from kalamdb.tables.layout import KEY
 from kalamdb.tables.segments import IntentRecord, SegmentRecord, segment_path, write_segment
-from kalamdb.tables.store import Moment, TableStore, TableState, Version, Watch
+from kalamdb.tables.store import Moment, TableState, TableStore, Version, Watch
 from kalamdb.types import RowFlags, Scope, Seq
 
 JobOps = Sequence[JobInsert | JobMove | JobFence]

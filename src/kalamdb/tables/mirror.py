@@ -12,7 +12,7 @@ import msgspec
 from kalamdb.catalog import CatalogEntry
 from kalamdb.errors import KalamDbError
 from kalamdb.tables.segments import Segment, table_folder
-from kalamdb.tables.store import TableStore, TableState
+from kalamdb.tables.store import TableState, TableStore
 from kalamdb.types import TableKind
 
 MIRROR_NAME = "manifest.json"

@@ -38,7 +38,7 @@ from kalamdb.storage import (
     record_prefix,
 )
 from kalamdb.tables.hot import Chunk, HotCache, HotView, above, chunks_of
-from kalamdb.tables.layout import Layout, Row, conform, batch_to_rows, read_payload
+from kalamdb.tables.layout import Layout, Row, batch_to_rows, conform, read_payload
 from kalamdb.tables.segments import Found, Segment, SegmentCache, SegmentRecord, segment_path
 from kalamdb.types import SHARED_SCOPE, RowFlags, Scope, Seq, TableKind, TableUid
 

@@ -16,7 +16,7 @@ from kalamdb.catalog import CatalogEntry
 from kalamdb.errors import Closed, InvalidRequest, LimitExceeded, TransactionConflict
 from kalamdb.storage import ABSENT, Batch, Commit, ExpectationFailed, JobFence, JobInsert, JobMove, RowOp
 from kalamdb.tables.bulk import SegmentDraft, commit_drafts
-from kalamdb.tables.layout import FLAGS, KEY, SEQ, Layout, Row
+from kalamdb.tables.layout import KEY, SEQ, Layout, Row
 from kalamdb.tables.store import Moment, TableStore, Version
 from kalamdb.types import RowFlags, Scope, Seq, TableKind, TableUid
 

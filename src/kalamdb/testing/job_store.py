@@ -45,7 +45,7 @@ def insert(
     backend: StorageBackend, row_: JobRow, *, draw_id: Callable[[], str] | None = None, events: Events = ()
 ) -> JobRow:
     """Insert one job; returns it as stored."""
-    ids = iter([*([draw_id()] if draw_id else []), *(f"XX-{backend.head()}-{n}" for n in range(9))])
+    ids = iter(f"XX-{backend.head()}-{number}" for number in range(9))
     done = commit(backend, Batch(jobs=[JobInsert(row_, draw_id or (lambda: next(ids)), events)]))
     return stored(backend, done.jobs[0])
 
@@ -174,7 +174,7 @@ class JobStoreContract:
 
     # Moving
 
-    @pytest.mark.parametrize(("old", "new"), product(JobStatus, JobStatus))
+    @pytest.mark.parametrize(("old", "new"), list(product(JobStatus, JobStatus)))
     def test_only_legal_moves_are_made(self, backend: StorageBackend, old: JobStatus, new: JobStatus) -> None:
         before = insert(backend, job(status=old))
         if new is old or new in LEGAL_MOVES[old]:

@@ -1,0 +1,169 @@
+"""A job as its users see it, and what an attempt may come to."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Any
+
+from kalamdb.clock import Clock
+from kalamdb.storage.jobs import JobEvent, JobRow, JobStatus
+
+_ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+_TIME_DIGITS, _COUNT_DIGITS = 7, 3
+_COUNT_MAX = 62**_COUNT_DIGITS
+
+
+@dataclass(frozen=True, slots=True)
+class Completed:
+    """The attempt succeeded; `result` is any JSON-like value."""
+
+    message: str | None = None
+    result: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """There was nothing to do."""
+
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """Try again in `after_s` seconds (None: by the retry policy); uses one retry."""
+
+    after_s: float | None = None
+    reason: str = "retry requested"
+
+
+@dataclass(frozen=True, slots=True)
+class Snooze:
+    """Run again in `after_s` seconds; uses no retry."""
+
+    after_s: float
+
+
+Outcome = Completed | Skipped | Retry | Snooze | None
+
+
+class Permanent(Exception):
+    """Raise it to end the job as failed at once."""
+
+
+class InterruptReason(StrEnum):
+    """Why an attempt must stop."""
+
+    CANCEL = "cancel"
+    PAUSE = "pause"
+    STOP = "stop"
+    TIMEOUT = "timeout"
+    LEASE_LOST = "lease lost"
+
+
+class JobInterrupted(BaseException):
+    """The attempt must stop: clean up and let it pass. Not an Exception, so `except Exception` lets it by."""
+
+    def __init__(self, reason: InterruptReason) -> None:
+        super().__init__(f"the job was interrupted: {reason}")
+        self.reason = reason
+
+
+def _time(ms: int | None) -> datetime | None:
+    return None if ms is None else datetime.fromtimestamp(ms / 1000, UTC)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A job at one moment; its attributes are the columns of system.jobs, times are aware UTC."""
+
+    row: JobRow = field(repr=False)
+    _events: Callable[[str], Sequence[JobEvent]] = field(repr=False)
+
+    @property
+    def id(self) -> str:
+        """job_id"""
+        return self.row.job_id
+
+    @property
+    def status(self) -> JobStatus:
+        """State; a str enum with lower-case values."""
+        return self.row.status
+
+    @property
+    def created_at(self) -> datetime:
+        """When it was accepted."""
+        found = _time(self.row.created_at)
+        assert found is not None
+        return found
+
+    @property
+    def updated_at(self) -> datetime:
+        """When it last changed."""
+        found = _time(self.row.updated_at)
+        assert found is not None
+        return found
+
+    @property
+    def run_at(self) -> datetime | None:
+        """Not before this time."""
+        return _time(self.row.run_at or None)
+
+    @property
+    def started_at(self) -> datetime | None:
+        """When its first attempt began."""
+        return _time(self.row.started_at)
+
+    @property
+    def finished_at(self) -> datetime | None:
+        """When it ended."""
+        return _time(self.row.finished_at)
+
+    def events(self) -> Sequence[JobEvent]:
+        """Its history, oldest first."""
+        return self._events(self.row.job_id)
+
+    def __getattr__(self, name: str) -> Any:
+        """The remaining columns as stored: job_type, message, retry_count, progress, ..."""
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self.row, name)
+
+    def __repr__(self) -> str:
+        return f"<Job {self.row.job_id} {self.row.status}>"
+
+
+class JobIds:
+    """Job ids: `<PREFIX>-` + 10 base62 digits: 7 of the time in ms, 3 random at the first id of a ms, then
+    counting up; when they are used up the next ms is taken. They sort by creation."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._ms = 0
+        self._count = 0
+
+    def next(self, prefix: str) -> str:
+        """A fresh id."""
+        with self._lock:
+            now_ms = self._clock.now_ms()
+            if now_ms > self._ms:
+                self._ms = now_ms
+                self._count = int.from_bytes(self._clock.random_bytes(2), "big")
+            elif self._count + 1 < _COUNT_MAX:
+                self._count += 1
+            else:
+                self._ms += 1
+                self._count = int.from_bytes(self._clock.random_bytes(2), "big")
+            return f"{prefix}-{_base62(self._ms, _TIME_DIGITS)}{_base62(self._count, _COUNT_DIGITS)}"
+
+
+def _base62(value: int, digits: int) -> str:
+    out = ""
+    for _ in range(digits):
+        value, digit = divmod(value, 62)
+        out = _ALPHABET[digit] + out
+    return out

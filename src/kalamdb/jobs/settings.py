@@ -1,0 +1,26 @@
+"""Settings of the job system, as plain values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobSettings:
+    """See docs/settings.md, section jobs."""
+
+    max_concurrent: int = 10
+    max_retries: int = 3
+    retry_backoff_ms: int = 100
+    cancel_timeout_s: float = 5.0
+    quarantine_after: int = 3
+    abandoned_threads_max: int = 0
+    """0 is max_concurrent."""
+    queued_max: int = 1_000_000
+    parameters_bytes_max: int = 262_144
+    checkpoint_bytes_max: int = 1 << 20
+    message_bytes_max: int = 4096
+    trace_bytes_max: int = 65_536
+    shutdown_timeout_s: float = 30.0
+    log_bytes_max: int = 16 << 20
+    log_files_max: int = 5

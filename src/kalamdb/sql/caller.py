@@ -1,0 +1,123 @@
+"""Who asks, with which parameters, until when; and what each role may do (surface reference 5.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, assert_never
+
+from kalamdb.errors import Denied, InvalidRequest
+from kalamdb.schema import TableDef
+from kalamdb.sql import statements as st
+from kalamdb.sql.analyse import sql_literal
+from kalamdb.types import SHARED_SCOPE, AccessLevel, Role, Scope, TableKind
+
+_RANK = {Role.USER: 0, Role.SERVICE: 1, Role.DBA: 2, Role.SYSTEM: 3}
+
+Params = Sequence[Any] | Mapping[str, Any] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """One statement's surroundings."""
+
+    user: str
+    role: Role
+    namespace: str
+    params: Params = None
+    deadline: Callable[[], bool] = lambda: False
+    cancelled: Callable[[], bool] = lambda: False
+
+    def scope(self, definition: TableDef) -> Scope:
+        """Whose rows of a table the caller works on."""
+        return SHARED_SCOPE if definition.kind is TableKind.SHARED else Scope(self.user)
+
+    def has(self, role: Role) -> bool:
+        """Whether the caller's role is at least `role`."""
+        return _RANK[self.role] >= _RANK[role]
+
+    def bind(self, value: st.Expr) -> Any:
+        """The value of a literal or parameter."""
+        return self.parameter(value.key) if isinstance(value, st.Param) else value
+
+    def parameter(self, key: int | str) -> Any:
+        """Value of a parameter by its 1-based number or its name. Raises InvalidRequest."""
+        params = self.params
+        if isinstance(key, int):
+            if isinstance(params, (str, bytes)) or not isinstance(params, Sequence):
+                raise InvalidRequest(f"parameter ${key} needs params as a sequence")
+            if not 1 <= key <= len(params):
+                raise InvalidRequest(f"parameter ${key} was not given: there are {len(params)} parameters")
+            return params[key - 1]
+        if not isinstance(params, Mapping) or key not in params:
+            raise InvalidRequest(f"parameter :{key} was not given")
+        return params[key]
+
+    def parameter_sql(self, key: int | str) -> str:
+        """A parameter as an SQL literal."""
+        return sql_literal(self.parameter(key))
+
+    def function_sql(self, word: str) -> str:
+        """CURRENT_USER, CURRENT_USER_ID or CURRENT_ROLE as an SQL literal."""
+        return sql_literal(str(self.role) if word == "CURRENT_ROLE" else self.user)
+
+
+def required_role(statement: st.Statement) -> Role:
+    """The lowest role that may run a statement; access to its tables is checked apart."""
+    match statement:
+        case st.CreateNamespace() | st.DropNamespace() | st.AlterNamespace() | st.CreateView() | st.DropView():
+            return Role.DBA
+        case st.DropTable() | st.TruncateTable() | st.CancelJob() | st.SetOption():
+            return Role.DBA
+        case st.Show(kind=st.ShowKind.ALL | st.ShowKind.COLUMNS | st.ShowKind.JOB):
+            return Role.DBA
+        case st.Show(kind=st.ShowKind.MANIFEST) | st.Maintain():
+            return Role.SERVICE
+        case st.Select(explain=True):
+            return Role.DBA
+        case _:
+            return Role.USER
+
+
+def check_role(caller: Caller, statement: st.Statement) -> None:
+    """Raise Denied when the caller's role does not suffice."""
+    role = required_role(statement)
+    if not caller.has(role):
+        words = " ".join(statement.sql.split()[:3])
+        raise Denied(f"Admin privileges required: '{words}' needs role {role}, the caller has {caller.role}")
+
+
+def may_read(caller: Caller, definition: TableDef) -> bool:
+    """Whether the caller may read a table."""
+    if definition.kind is not TableKind.SHARED:
+        return True
+    match definition.options.access_level:
+        case AccessLevel.PUBLIC:
+            return True
+        case AccessLevel.PRIVATE | AccessLevel.RESTRICTED:
+            return caller.has(Role.SERVICE)
+        case AccessLevel.DBA:
+            return caller.has(Role.DBA)
+        case other:
+            assert_never(other)
+
+
+def may_write(caller: Caller, definition: TableDef) -> bool:
+    """Whether the caller may write a table."""
+    if definition.kind is not TableKind.SHARED:
+        return True
+    needed = Role.DBA if definition.options.access_level is AccessLevel.DBA else Role.SERVICE
+    return caller.has(needed)
+
+
+def may_create(caller: Caller, kind: TableKind) -> bool:
+    """Whether the caller may create or alter a table of a kind."""
+    return kind is not TableKind.SHARED or caller.has(Role.SERVICE)
+
+
+def denied(caller: Caller, verb: str, definition: TableDef) -> Denied:
+    """The error for a table that the caller may not use so."""
+    return Denied(
+        f"role {caller.role} may not {verb} {definition.kind.upper()} table '{definition.table_id}' "
+        f"(access level {definition.options.access_level})"
+    )

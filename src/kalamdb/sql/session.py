@@ -1,0 +1,174 @@
+"""Runs SQL for a caller: parse once, check the rights of the whole batch, then statement by statement."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from contextlib import ExitStack
+from dataclasses import replace
+from threading import Lock
+from typing import assert_never
+
+from kalamdb.sql.admin import Admin
+
+from kalamdb.clock import Clock
+from kalamdb.errors import Conflict, InvalidRequest, KalamDbError
+from kalamdb.result import Result
+from kalamdb.sql import statements as st
+from kalamdb.sql.caller import Caller, check_role
+from kalamdb.sql.engine import QueryRun
+from kalamdb.sql.parse import parse
+from kalamdb.sql.query import Reader
+from kalamdb.sql.rows import Rows
+from kalamdb.sql.tokens import SqlLimits
+from kalamdb.tables.store import TableStore
+from kalamdb.tables.transaction import Transaction
+
+_CACHED_TEXT_MAX = 10_000
+"""Longer texts are not worth keeping: they hold their values."""
+
+
+class Session:
+    """Executes SQL text. One per database; callers are passed in. Thread-safe."""
+
+    def __init__(
+        self,
+        store: TableStore,
+        reader: Reader,
+        rows: Rows,
+        admin: Admin,
+        clock: Clock,
+        *,
+        limits: SqlLimits,
+        cache_entries_max: int,
+        transaction_timeout_s: float,
+        transaction_bytes_max: int,
+    ) -> None:
+        self._store = store
+        self._reader = reader
+        self._rows = rows
+        self._admin = admin
+        self._clock = clock
+        self._limits = limits
+        self._cache: OrderedDict[str, list[st.Statement]] = OrderedDict()
+        self._cache_entries_max = cache_entries_max
+        self._cache_lock = Lock()
+        self._transaction_timeout_s = transaction_timeout_s
+        self._transaction_bytes_max = transaction_bytes_max
+        self._transactions = 0
+
+    def execute(self, sql: str, caller: Caller, transaction: Transaction | None = None) -> Result:
+        """Run all statements; the last result, with all of them in `.results`.
+
+        BEGIN ... COMMIT works within the text; a text that ends inside a transaction is rolled back.
+        Inside `transaction` BEGIN and COMMIT are refused.
+        """
+        statements = self.parsed(sql)
+        for statement in statements:
+            check_role(caller, statement)
+        if len(statements) == 1 and not isinstance(statements[0], st.TransactionControl | st.UseNamespace):
+            return self._run(statements[0], caller, transaction)
+        return self._run_batch(statements, caller, transaction)
+
+    def parsed(self, sql: str) -> list[st.Statement]:
+        """The statements of a text, from the cache when it was seen lately."""
+        with self._cache_lock:
+            known = self._cache.get(sql)
+            if known is not None:
+                self._cache.move_to_end(sql)
+                return known
+        statements = parse(sql, self._limits)
+        if len(sql) <= _CACHED_TEXT_MAX:
+            with self._cache_lock:
+                self._cache[sql] = statements
+                while len(self._cache) > self._cache_entries_max:
+                    self._cache.popitem(last=False)
+        return statements
+
+    def _run_batch(self, statements: list[st.Statement], caller: Caller, outer: Transaction | None) -> Result:
+        results: list[Result] = []
+        with ExitStack() as stack:
+            transaction = outer
+            for number, statement in enumerate(statements, 1):
+                try:
+                    if isinstance(statement, st.TransactionControl):
+                        transaction = self._control(statement, transaction, outer, stack, results)
+                    elif isinstance(statement, st.UseNamespace):
+                        caller = replace(caller, namespace=self._admin.use(statement))
+                        results.append(Result(message=f"Namespace '{statement.name}' selected"))
+                    else:
+                        results.append(self._run(statement, caller, transaction))
+                except KalamDbError as exc:
+                    if len(statements) > 1:
+                        exc.args = (f"Statement {number} failed: {exc}",)
+                    raise
+            if transaction is not None and outer is None:
+                transaction.rollback()
+                raise InvalidRequest("Request completed with an open explicit transaction; rolled back automatically")
+        last = results[-1]
+        last.results = results
+        return last
+
+    def _control(
+        self,
+        statement: st.TransactionControl,
+        transaction: Transaction | None,
+        outer: Transaction | None,
+        stack: ExitStack,
+        results: list[Result],
+    ) -> Transaction | None:
+        if outer is not None:
+            raise InvalidRequest(f"{statement.verb.upper()} cannot stand inside db.transaction(); leave the block instead")
+        match statement.verb:
+            case st.TransactionVerb.BEGIN:
+                if transaction is not None:
+                    raise Conflict("a transaction is open already; COMMIT or ROLLBACK it first")
+                self._transactions += 1
+                results.append(Result(message=f"Transaction started ({self._transactions})"))
+                return self.begin(stack)
+            case st.TransactionVerb.COMMIT | st.TransactionVerb.ROLLBACK if transaction is None:
+                raise InvalidRequest(f"{statement.verb.upper()} without BEGIN")
+            case st.TransactionVerb.COMMIT:
+                assert transaction is not None
+                transaction.commit()
+                results.append(Result(message=f"Transaction committed ({self._transactions})"))
+            case st.TransactionVerb.ROLLBACK:
+                assert transaction is not None
+                transaction.rollback()
+                results.append(Result(message=f"Transaction rolled back ({self._transactions})"))
+            case _:
+                assert_never(statement.verb)
+        return None
+
+    def begin(self, stack: ExitStack) -> Transaction:
+        """A transaction over the database as it is now; its snapshot lives until `stack` closes."""
+        moment = stack.enter_context(self._store.frozen())
+        deadline_s = self._clock.monotonic_s() + self._transaction_timeout_s
+        transaction = Transaction(self._store, moment, bytes_max=self._transaction_bytes_max, deadline_s=deadline_s)
+        stack.callback(transaction.rollback)
+        return transaction
+
+    def stream(self, sql: str, caller: Caller, stack: ExitStack) -> QueryRun:
+        """A running SELECT whose rows come batch by batch until `stack` closes."""
+        statements = self.parsed(sql)
+        if len(statements) != 1 or not isinstance(statements[0], st.Select):
+            raise InvalidRequest("only one SELECT can be streamed")
+        check_role(caller, statements[0])
+        return self._reader.open(statements[0], caller, None, stack)
+
+    def _run(self, statement: st.Statement, caller: Caller, transaction: Transaction | None) -> Result:
+        match statement:
+            case st.Select():
+                return Result(self._reader.select(statement, caller, transaction))
+            case st.Insert():
+                return self._rows.insert(statement, caller, transaction)
+            case st.Update():
+                return self._rows.update(statement, caller, transaction)
+            case st.Delete():
+                return self._rows.delete(statement, caller, transaction)
+            case st.Show():
+                return self._admin.run(statement, caller)
+            case _:
+                if transaction is not None:
+                    words = " ".join(statement.sql.split()[:2]).upper()
+                    raise InvalidRequest(f"{words} cannot stand inside a transaction; COMMIT first")
+                return self._admin.run(statement, caller)

@@ -1,0 +1,239 @@
+"""`system.*` and `information_schema.*`: what the database knows of itself, as Arrow tables.
+
+A system table is its name, its columns, and a function that yields its rows; nothing of it is stored.
+Timestamps are milliseconds inside and microseconds in the tables. JSON columns are text whose field
+metadata says that it is JSON.
+
+Rows of USER tables belong to their users, so nothing here shows a value out of them: the manifest of such
+a table comes without the bounds of its columns and keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import pyarrow as pa
+
+from kalamdb.catalog import Catalog
+from kalamdb.errors import Denied, InvalidRequest, NotFound
+from kalamdb.storage.jobs import JobStatus, JobStore
+from kalamdb.system.jobs import job_tables
+from kalamdb.system.shape import (
+    INFORMATION_SCHEMA,
+    SYSTEM,
+    Filters,
+    SystemColumn,
+    SystemTable,
+    arrow_table,
+    columns_of,
+)
+from kalamdb.system.standard import standard_tables
+from kalamdb.system.tables import (
+    DESCRIBE,
+    SCHEMAS,
+    catalog_tables,
+    describe_rows,
+    describe_system_rows,
+    options_json,
+    schema_row,
+    version_rows,
+    wire_type,
+)
+from kalamdb.types import Role, TableId
+
+__all__ = [
+    "INFORMATION_SCHEMA",
+    "SYSTEM",
+    "Filters",
+    "ManifestRow",
+    "SettingRow",
+    "SystemColumn",
+    "SystemSources",
+    "SystemTable",
+    "SystemTablesRegistry",
+    "arrow_table",
+    "columns_of",
+    "options_json",
+    "wire_type",
+]
+
+_SHARED_SCOPE: Final = "shared"
+_ALIASES: Final = {"manifest_cache": "manifest"}
+_BOUNDS: Final = frozenset({"min_key", "max_key"})
+_MANIFEST: Final = columns_of(
+    "cache_key T, namespace_id T, table_name T, scope T, etag T?, last_refreshed TS, last_accessed TS, in_memory BOOL, "
+    "sync_state T, manifest_json JSON"
+)
+_SETTINGS: Final = columns_of("name T, value T, description T, category T")
+_STATS: Final = columns_of("metric_name T, metric_value T")
+
+
+@dataclass(frozen=True, slots=True)
+class ManifestRow:
+    """One table's manifest. `scope` is 'shared' for SHARED tables, 'all' for those with rows of users."""
+
+    namespace: str
+    table: str
+    scope: str
+    segments: Sequence[Mapping[str, Any]]
+    sync_state: str = "in_sync"
+    """in_sync, pending_write, syncing, stale or error."""
+    version: int = 0
+    refreshed_at: int = 0
+    """Milliseconds since 1970 of the last change."""
+    accessed_at: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SettingRow:
+    """One setting in effect."""
+
+    name: str
+    value: str
+    description: str
+    category: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SystemSources:
+    """Where the rows come from."""
+
+    catalog: Catalog
+    jobs: JobStore
+    manifests: Callable[[], Iterable[ManifestRow]]
+    settings: Callable[[], Iterable[SettingRow]]
+    stats: Callable[[], Mapping[str, object]]
+    """Figures by name; shown together with those of the catalog and of the jobs."""
+    segments_directory: str
+    """Base directory of the storage `local`."""
+
+
+class SystemTablesRegistry:
+    """All system tables by name. Each read sees its source as it is then; thread-safe once it is filled."""
+
+    def __init__(self, sources: SystemSources) -> None:
+        self._catalog = sources.catalog
+        self._tables: dict[TableId, SystemTable] = {}
+        own = [
+            *catalog_tables(sources.catalog, self.tables, sources.segments_directory),
+            *job_tables(sources.jobs),
+            *standard_tables(sources.catalog, self.tables),
+            SystemTable(
+                TableId(SYSTEM, "manifest"), _MANIFEST, lambda _: map(_manifest_row, sources.manifests())
+            ),
+            SystemTable(
+                TableId(SYSTEM, "settings"), _SETTINGS, lambda _: map(_setting_row, sources.settings())
+            ),
+            SystemTable(TableId(SYSTEM, "stats"), _STATS, lambda _: _stats_rows(sources)),
+        ]
+        for table in own:
+            self.register(table)
+
+    def register(self, table: SystemTable) -> None:
+        """Add a table. Raises InvalidRequest when the name is taken or not in a namespace of the system."""
+        if table.table_id.namespace not in (SYSTEM, INFORMATION_SCHEMA):
+            raise InvalidRequest(
+                f"system table '{table.table_id}' must lie in {SYSTEM} or {INFORMATION_SCHEMA}"
+            )
+        if table.table_id in self._tables:
+            raise InvalidRequest(f"system table '{table.table_id}' is registered already")
+        self._tables[table.table_id] = table
+
+    def tables(self) -> list[SystemTable]:
+        """All system tables by name."""
+        return sorted(self._tables.values(), key=lambda table: str(table.table_id))
+
+    def find(self, table_id: TableId) -> SystemTable | None:
+        """The system table of that name; knows the older spellings too."""
+        found = self._tables.get(table_id)
+        if found is None and table_id.namespace == SYSTEM:
+            name = table_id.name.removeprefix("system_")
+            found = self._tables.get(TableId(SYSTEM, _ALIASES.get(name, name)))
+        return found
+
+    def allowed(self, role: Role, table_id: TableId) -> bool:
+        """Whether a caller may read this table: `system` is for dba and system, information_schema for all."""
+        return table_id.namespace != SYSTEM or role in (Role.DBA, Role.SYSTEM)
+
+    def check_read(self, role: Role, table_id: TableId) -> None:
+        """Raise Denied unless `allowed`."""
+        if not self.allowed(role, table_id):
+            raise Denied(
+                f"Admin privileges (role dba or system) are needed to read '{table_id}'; your role is {role}"
+            )
+
+    def write_refusal(self, verb: str, table_id: TableId) -> InvalidRequest:
+        """The error for a statement (`verb`: insert, update, delete, alter, drop) that would change one."""
+        return InvalidRequest(f"Cannot {verb} system table '{table_id}': its rows are made when it is read")
+
+    def table(self, table_id: TableId, *, filters: Filters | None = None) -> pa.Table:
+        """Its rows. `filters` may save work; rows beside them can be among the answer. Raises NotFound."""
+        found = self.find(table_id)
+        if found is None:
+            known = ", ".join(str(table.table_id) for table in self.tables())
+            raise NotFound(f"System table '{table_id}' does not exist; there are {known}")
+        return arrow_table(found.columns, found.source(filters or {}))
+
+    def show_tables(self, namespace: str) -> pa.Table:
+        """SHOW TABLES: the newest schema of each table of a namespace, in the shape of system.schemas."""
+        definitions = [entry.definition for entry in self._catalog.tables(namespace)]
+        return arrow_table(
+            SCHEMAS, (schema_row(definition, definition.version) for definition in definitions)
+        )
+
+    def describe(self, table_id: TableId) -> pa.Table:
+        """DESCRIBE TABLE: the columns of a table or system table. Raises NotFound."""
+        found = self.find(table_id)
+        if found is not None:
+            return arrow_table(DESCRIBE, describe_system_rows(found))
+        return arrow_table(DESCRIBE, describe_rows(self._catalog.require(table_id).definition))
+
+    def history(self, table_id: TableId) -> pa.Table:
+        """DESCRIBE TABLE ... HISTORY: all schema versions, oldest first, in the shape of system.schemas."""
+        return arrow_table(SCHEMAS, version_rows(self._catalog, self._catalog.require(table_id)))
+
+
+def _setting_row(row: SettingRow) -> Sequence[Any]:
+    return row.name, row.value, row.description, row.category
+
+
+def _stats_rows(sources: SystemSources) -> list[tuple[str, str]]:
+    counts = {status: sources.jobs.count(status) for status in JobStatus}
+    figures: dict[str, object] = {
+        "total_namespaces": len(sources.catalog.namespaces()),
+        "total_tables": len(sources.catalog.tables()),
+        "total_storages": 1,
+        "total_jobs": sum(counts.values()),
+        **{f"jobs_{status.value}": count for status, count in counts.items()},
+        **sources.stats(),
+    }
+    return sorted((name, str(value)) for name, value in figures.items())
+
+
+def _manifest_row(row: ManifestRow) -> Sequence[Any]:
+    table = f"{row.namespace}:{row.table}"
+    segments = [one if row.scope == _SHARED_SCOPE else _without_values(one) for one in row.segments]
+    manifest = {"table_id": table, "scope": row.scope, "version": row.version, "segments": segments}
+    head = (
+        f"{table}:{row.scope}",
+        row.namespace,
+        row.table,
+        row.scope,
+        None,
+        row.refreshed_at,
+        row.accessed_at,
+    )
+    return (*head, True, row.sync_state, manifest)
+
+
+def _without_values(segment: Mapping[str, Any]) -> dict[str, Any]:
+    """A segment of rows of users, without any value out of them."""
+    kept = {name: value for name, value in segment.items() if name not in _BOUNDS}
+    stats = kept.get("column_stats")
+    if stats is not None:
+        kept["column_stats"] = {
+            column: {"null_count": found.get("null_count")} for column, found in stats.items()
+        }
+    return kept

@@ -1,0 +1,98 @@
+"""Jobs and their history."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+from kalamdb.storage.jobs import JobFilter, JobRow, JobStatus, JobStore
+from kalamdb.system.shape import SYSTEM, Filters, Rows, SystemTable, columns_of
+from kalamdb.types import JobId, TableId
+
+_JOBS: Final = columns_of(
+    "job_id T, job_type T, status T, leader_status T?, parameters JSON?, message T?, exception_trace T?, "
+    "idempotency_key T?, queue T?, priority INT?, retry_count SMALLINT, max_retries SMALLINT, memory_used BIGINT?, "
+    "cpu_used BIGINT?, created_at TS, updated_at TS, started_at TS?, finished_at TS?, node_id BIGINT, "
+    "leader_node_id BIGINT?, attempt INT, progress JSON?, checkpoint JSON?, result JSON?, lease_id BIGINT?, hold T?, "
+    "run_at TS, created_by T, timeout_s DOUBLE?, on_interrupt T"
+)
+_JOB_EVENTS: Final = columns_of("job_id T, event_number BIGINT, created_at TS, level T, message T")
+_EVENTS_MAX: Final = 1_000_000
+
+
+def job_tables(jobs: JobStore) -> list[SystemTable]:
+    """jobs, job_events."""
+    return [
+        SystemTable(TableId(SYSTEM, "jobs"), _JOBS, lambda filters: map(_job_row, _chosen(jobs, filters))),
+        SystemTable(TableId(SYSTEM, "job_events"), _JOB_EVENTS, lambda filters: _event_rows(jobs, filters)),
+    ]
+
+
+def _chosen(jobs: JobStore, filters: Filters) -> list[JobRow]:
+    ids = filters.get("job_id")
+    if ids is not None:
+        return [row for job_id in sorted(map(str, ids)) if (row := jobs.get(JobId(job_id))) is not None]
+    statuses = filters.get("status")
+    known = (
+        None if statuses is None else frozenset(status for status in JobStatus if status.value in statuses)
+    )
+    if known is not None and not known:
+        return []
+    return jobs.query(
+        JobFilter(
+            statuses=known,
+            job_type=_only(filters, "job_type"),
+            queue=_only(filters, "queue"),
+            idempotency_key=_only(filters, "idempotency_key"),
+            limit=None,
+        )
+    )
+
+
+def _only(filters: Filters, column: str) -> str | None:
+    """The value of a column when the statement allows a single one."""
+    wanted = filters.get(column)
+    return str(next(iter(wanted))) if wanted is not None and len(wanted) == 1 else None
+
+
+def _job_row(job: JobRow) -> Sequence[Any]:
+    return (
+        job.job_id,
+        job.job_type,
+        job.status.value,
+        None,
+        job.parameters,
+        job.message,
+        job.exception_trace,
+        job.idempotency_key,
+        job.queue,
+        job.priority,
+        job.retry_count,
+        job.max_retries,
+        job.memory_used,
+        job.cpu_used,
+        job.created_at,
+        job.updated_at,
+        job.started_at,
+        job.finished_at,
+        job.node_id,
+        None,
+        job.attempt,
+        job.progress,
+        job.checkpoint,
+        job.result,
+        job.lease_id,
+        None if job.hold is None else job.hold.value,
+        job.run_at,
+        job.created_by,
+        job.timeout_s,
+        job.on_interrupt.value,
+    )
+
+
+def _event_rows(jobs: JobStore, filters: Filters) -> Rows:
+    ids = filters.get("job_id")
+    wanted = [None] if ids is None else [JobId(job_id) for job_id in sorted(map(str, ids))]
+    for job_id in wanted:
+        for event in jobs.events(job_id, limit=_EVENTS_MAX):
+            yield event.job_id, event.number, event.at, event.level, event.text

@@ -1,0 +1,101 @@
+"""The work that built-in jobs do on tables, in one place: flush, compact, cleanup."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from kalamdb.schema import FlushPolicy
+from kalamdb.tables.compact import CompactReport, compact_table, needs_compaction
+from kalamdb.tables.flush import FlushReport, JobHandle, flush_table
+from kalamdb.tables.store import TableStore
+from kalamdb.tables.sweep import CleanupReport, drop_leftovers, dropped_tables, sweep
+from kalamdb.types import TableId, TableKind, TableUid
+
+
+@dataclass(frozen=True, slots=True)
+class PendingTable:
+    """A table with hot rows, for the flush scheduler."""
+
+    table_uid: int
+    table_id: str
+    policy: FlushPolicy | None
+    rows: int
+    bytes: int
+    oldest_ms: int
+    """When the oldest hot row was written, milliseconds since 1970."""
+
+
+class Maintenance:
+    """What executors and schedulers call. Thread-safe."""
+
+    def __init__(self, store: TableStore) -> None:
+        self._store = store
+
+    def flush(self, table_uid: int, job: JobHandle, message: Callable[[FlushReport], str]) -> FlushReport | None:
+        """See `flush_table`."""
+        return flush_table(self._store, TableUid(table_uid), job, message)
+
+    def compact(
+        self, table_uid: int, job: JobHandle, message: Callable[[CompactReport], str], *, full: bool = True
+    ) -> CompactReport | None:
+        """See `compact_table`."""
+        return compact_table(self._store, TableUid(table_uid), job, message, full=full)
+
+    def drop_leftovers(
+        self, table_uid: int, job: JobHandle, message: Callable[[CleanupReport], str]
+    ) -> CleanupReport | None:
+        """See `sweep.drop_leftovers`."""
+        return drop_leftovers(self._store, TableUid(table_uid), job, message)
+
+    def sweep(self, table_uid: int | None, job: JobHandle, message: Callable[[CleanupReport], str]) -> CleanupReport:
+        """See `sweep.sweep`."""
+        return sweep(self._store, None if table_uid is None else TableUid(table_uid), job, message)
+
+    def resolve(self, table_id: str) -> int | None:
+        """The uid of the live table "namespace.table"; None when there is none."""
+        try:
+            entry = self._store.catalog.table(TableId.parse(table_id))
+        except ValueError:
+            return None
+        return None if entry is None else entry.definition.uid
+
+    def exists(self, table_uid: int) -> bool:
+        """Whether the table is live."""
+        return self._store.catalog.by_uid(TableUid(table_uid)) is not None
+
+    def pending(self) -> list[PendingTable]:
+        """Tables that a flush would find rows in, those with the most bytes first."""
+        found = []
+        for entry in self._store.catalog.tables():
+            definition = entry.definition
+            if definition.kind is TableKind.STREAM or not self._store.has_pending(definition.uid):
+                continue
+            with self._store.hot.lock:
+                figures = self._store.figures(definition.uid)
+                rows, bytes_, oldest_ms = figures.rows, figures.bytes_, figures.oldest_ms
+            policy = definition.options.flush_policy
+            found.append(PendingTable(definition.uid, str(definition.table_id), policy, rows, bytes_, oldest_ms))
+        return sorted(found, key=lambda pending: -pending.bytes)
+
+    def crowded(self) -> list[tuple[int, str]]:
+        """(uid, namespace.table) of tables whose level 0 has too many segments."""
+        return [
+            (entry.definition.uid, str(entry.definition.table_id))
+            for entry in self._store.catalog.tables()
+            if entry.definition.kind is not TableKind.STREAM and needs_compaction(self._store, entry.definition.uid)
+        ]
+
+    def may_flush(self, table_uid: int) -> bool:
+        """Whether level 0 has room for one more segment: at most twice compaction.level0_segments_max."""
+        state = self._store.state(TableUid(table_uid))
+        level0 = sum(segment.record.level == 0 for segment in state.segments)
+        return level0 < 2 * self._store.limits.level0_segments_max
+
+    def dropped(self) -> list[int]:
+        """Uids of dropped tables whose cleanup is not done."""
+        return [int(uid) for uid in dropped_tables(self._store)]
+
+    def hot_pressure(self) -> float:
+        """Hot bytes as a share of hot.bytes_max."""
+        return self._store.hot_bytes() / max(self._store.limits.hot_bytes_max, 1)
