@@ -1,1 +1,66 @@
 """KalamDB: an SQL-first realtime database for Python programs whose users have private data."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from kalamdb.errors import (
+    Closed,
+    Conflict,
+    Corrupt,
+    Denied,
+    DirectoryLocked,
+    IdempotencyConflict,
+    Internal,
+    InvalidRequest,
+    KalamDbError,
+    LeaseLost,
+    LimitExceeded,
+    NotFound,
+    Timeout,
+    TransactionConflict,
+    Unavailable,
+    UniqueViolation,
+)
+
+if TYPE_CHECKING:
+    from kalamdb.database import Database, connect
+    from kalamdb.result import Result
+
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    # The engines take half a second to import; a program pays for them when it connects.
+    if name in ("connect", "Database"):
+        from kalamdb import database
+
+        return getattr(database, name)
+    if name == "Result":
+        from kalamdb.result import Result
+
+        return Result
+    raise AttributeError(f"module 'kalamdb' has no attribute {name!r}")
+
+
+__all__ = [
+    "Closed",
+    "Conflict",
+    "Corrupt",
+    "Database",
+    "Denied",
+    "DirectoryLocked",
+    "IdempotencyConflict",
+    "Internal",
+    "InvalidRequest",
+    "KalamDbError",
+    "LeaseLost",
+    "LimitExceeded",
+    "NotFound",
+    "Result",
+    "Timeout",
+    "TransactionConflict",
+    "Unavailable",
+    "UniqueViolation",
+    "connect",
+]

@@ -129,7 +129,7 @@ class LocalFiles:
         with _translated(path), suppress(FileNotFoundError):
             self._operations.unlink(path)
 
-    def list(self, folder: Path) -> list[Path]:
+    def names(self, folder: Path) -> list[Path]:
         """Files directly in a folder, by name; none when there is no such folder."""
         with _translated(folder):
             return sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []

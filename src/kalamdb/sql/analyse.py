@@ -49,7 +49,10 @@ def analyse_select(
 
 def _in_where(tokens: Sequence[Token], name: str) -> bool:
     words = [token.upper for token in tokens]
-    return "WHERE" in words and any(token.name == name for token in tokens[words.index("WHERE") :] if token.kind in (TokenKind.WORD, TokenKind.QUOTED))  # fmt: skip
+    if "WHERE" not in words:
+        return False
+    behind = tokens[words.index("WHERE") :]
+    return any(token.name == name for token in behind if token.kind in (TokenKind.WORD, TokenKind.QUOTED))
 
 
 def _check_series(tokens: Sequence[Token]) -> None:

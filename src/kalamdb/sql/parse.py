@@ -328,7 +328,8 @@ def _show(cursor: Cursor) -> st.Statement:
             namespace = cursor.name("a namespace name")
         found = st.Show(sql, st.ShowKind.TABLES, namespace=namespace)
     elif cursor.accept("COLUMNS"):
-        cursor.accept("FROM") or cursor.expect("IN")
+        if not cursor.accept("FROM"):
+            cursor.expect("IN")
         found = st.Show(sql, st.ShowKind.COLUMNS, cursor.table())
     elif cursor.accept("ALL"):
         found = st.Show(sql, st.ShowKind.ALL)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from dataclasses import dataclass
 from typing import Any
 
 from kalamdb.catalog import (
@@ -18,7 +19,7 @@ from kalamdb.errors import InvalidRequest
 from kalamdb.schema import Check, DataType, Default, DefaultFunction, FlushPolicy, TableOptions, TypeName
 from kalamdb.sql.cursor import NOT_LITERAL, Cursor, literal
 from kalamdb.sql.statements import AlterTable, CreateTable, DefaultMarker, Param
-from kalamdb.sql.tokens import TokenKind
+from kalamdb.sql.tokens import Token, TokenKind
 from kalamdb.tables.codec import codec_of
 from kalamdb.types import AccessLevel, TableKind
 
@@ -402,27 +403,24 @@ def _alter_column(cursor: Cursor) -> AlterChange:
         begin = cursor.at
         while cursor.token is not None:
             cursor.at += 1
-        return _DefaultLater(name, tuple(cursor.span(begin)), cursor.text)
+        return DefaultLater(name, tokens=tuple(cursor.span(begin)), text=cursor.text)
     if cursor.accept("SET", "DATA", "TYPE") or cursor.accept("TYPE"):
         kind, _ = parse_type(cursor)
         return ModifyColumn(name, kind)
     raise cursor.unexpected("SET or DROP")
 
 
-class _DefaultLater(ModifyColumn):
+@dataclass(frozen=True, slots=True)
+class DefaultLater(ModifyColumn):
     """SET DEFAULT: its value takes the column's type, which is known when the statement runs."""
 
-    __slots__ = ("text", "tokens")
-
-    def __init__(self, name: str, tokens: tuple[Any, ...], text: str) -> None:
-        super().__init__(name)
-        object.__setattr__(self, "tokens", tokens)
-        object.__setattr__(self, "text", text)
+    tokens: tuple[Token, ...] = ()
+    text: str = ""
 
 
 def resolve_default(change: AlterChange, kind: DataType) -> AlterChange:
     """SET DEFAULT with its value in the type of its column; every other change as it is."""
-    if not isinstance(change, _DefaultLater):
+    if not isinstance(change, DefaultLater):
         return change
     cursor = Cursor(change.text, change.tokens)
     default = parse_default(cursor, kind, change.name)

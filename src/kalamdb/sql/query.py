@@ -33,11 +33,11 @@ _INT_RANGE = {TypeName.SMALLINT: 1 << 15, TypeName.INT: 1 << 31, TypeName.BIGINT
 class SystemTables(Protocol):
     """Where system.* and information_schema.* come from."""
 
-    def has(self, namespace: str, name: str) -> bool:
-        """Whether there is such a table."""
+    def find(self, table_id: TableId) -> Any:
+        """The table of that name, None when there is none."""
         ...
 
-    def table(self, namespace: str, name: str, caller: Caller) -> pa.Table:
+    def table(self, table_id: TableId) -> pa.Table:
         """Its rows now."""
         ...
 
@@ -122,7 +122,7 @@ class Reader:
         for table_id in dict.fromkeys(self.resolve(name, caller) for name in names):
             if (table_id.namespace, table_id.name) in known:
                 continue
-            if self._system.has(table_id.namespace, table_id.name):
+            if self._system.find(table_id) is not None:
                 query.sources.append(self._system_source(table_id, caller))
             elif self._catalog.view(table_id) is not None:
                 views.append(table_id)
@@ -143,7 +143,11 @@ class Reader:
     def _system_source(self, table_id: TableId, caller: Caller) -> TableSource:
         if table_id.namespace == "system" and not caller.has(Role.DBA):
             raise Denied(f"Admin privileges required to read '{table_id}', the caller has role {caller.role}")
-        return TableSource(table_id.namespace, table_id.name, self._system.table(table_id.namespace, table_id.name, caller))
+        return TableSource(table_id.namespace, table_id.name, self._system.table(table_id))
+
+    def add_system(self, query: Query, table_id: TableId, caller: Caller) -> None:
+        """Let a prepared query read a system table. Raises Denied."""
+        query.sources.append(self._system_source(table_id, caller))
 
     def _table_sources(
         self,
@@ -231,8 +235,8 @@ class Reader:
         else:
             order = ""
         text = f"SELECT {items}{source}{' WHERE ' + where if where else ''}{order}"
-        for name in referenced_tables(f"SELECT {items}"):
-            raise InvalidRequest(f"a sub-query over '{name.name}' cannot stand here")
+        for found in referenced_tables(f"SELECT {items}"):
+            raise InvalidRequest(f"a sub-query over '{found.name}' cannot stand here")
         query.sql = render(text, caller.parameter_sql, caller.function_sql)
         return self.run(query, caller).table(self._result_bytes_max)
 
@@ -243,7 +247,7 @@ class Reader:
         table_id = self.resolve(statement.tables[0], caller)
         entry = self._catalog.table(table_id)
         if entry is None:
-            if not self._system.has(table_id.namespace, table_id.name) and self._catalog.view(table_id) is None:
+            if self._system.find(table_id) is None and self._catalog.view(table_id) is None:
                 raise NotFound(f"Table '{table_id}' does not exist")
             return None
         definition = entry.definition
@@ -297,9 +301,14 @@ def _compares_exactly(value: Any, kind: DataType) -> bool:
         case TypeName.BOOLEAN:
             return type(value) is bool
         case TypeName.DECIMAL:
-            return isinstance(value, Decimal) and value.is_finite() and -value.as_tuple().exponent == kind.scale and value.adjusted() < kind.precision - kind.scale  # type: ignore[operator]  # fmt: skip
+            return isinstance(value, Decimal) and value.is_finite() and _fits(value, kind)
         case _:
             return False
+
+
+def _fits(value: Decimal, kind: DataType) -> bool:
+    exponent = value.as_tuple().exponent
+    return -int(exponent) == kind.scale and value.adjusted() < kind.precision - kind.scale
 
 
 def _one_row(layout: Layout, projection: Sequence[tuple[str, str]], row: Row | None) -> pa.Table:
@@ -335,7 +344,7 @@ def _qualified(sql: str, namespace: str) -> str:
     for table in tree.find_all(exp.Table):
         if isinstance(table.this, exp.Identifier) and not table.args.get("db") and table.name not in ctes:
             table.set("db", exp.to_identifier(namespace, quoted=True))
-    return tree.sql(dialect="postgres")
+    return str(tree.sql(dialect="postgres"))
 
 
 def _replace_stars(sql: str, columns: Sequence[str]) -> str:

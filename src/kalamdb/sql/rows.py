@@ -428,7 +428,7 @@ def _moment(now_ms: int) -> dt.datetime:
 
 
 def _is_integer(layout: Layout, at: int) -> bool:
-    return pa.types.is_integer(layout.codecs[at].physical)
+    return bool(pa.types.is_integer(layout.codecs[at].physical))
 
 
 def _expression(value: st.Expr, caller: Caller) -> str:

@@ -8,12 +8,11 @@ from dataclasses import replace
 from threading import Lock
 from typing import assert_never
 
-from kalamdb.sql.admin import Admin
-
 from kalamdb.clock import Clock
 from kalamdb.errors import Conflict, InvalidRequest, KalamDbError
 from kalamdb.result import Result
 from kalamdb.sql import statements as st
+from kalamdb.sql.admin import Admin
 from kalamdb.sql.caller import Caller, check_role
 from kalamdb.sql.engine import QueryRun
 from kalamdb.sql.parse import parse

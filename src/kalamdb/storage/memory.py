@@ -22,7 +22,8 @@ class _View:
         self.entries: SortedDict[bytes, bytes] = entries
 
     def get(self, key: bytes) -> bytes | None:
-        return self.entries.get(key)
+        found: bytes | None = self.entries.get(key)
+        return found
 
     def get_many(self, wanted: Sequence[bytes]) -> list[bytes | None]:
         return [self.entries.get(key) for key in wanted]
@@ -47,7 +48,8 @@ class MemoryKv:
         self._views: weakref.WeakSet[_View] = weakref.WeakSet()
 
     def get(self, key: bytes) -> bytes | None:
-        return self._entries.get(key)
+        value: bytes | None = self._entries.get(key)
+        return value
 
     def get_many(self, wanted: Sequence[bytes]) -> list[bytes | None]:
         with self._lock:

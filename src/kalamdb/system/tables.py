@@ -291,8 +291,8 @@ def _table_rows(catalog: Catalog, system_tables: SystemTables, filters: Filters)
         yield (*head, one.comment, one.updated_at, one.created_at)
     born_at = _born_at(catalog)
     for table in chosen(system_tables, filters):
-        head = (table.table_id.namespace, table.table_id.name, TableKind.SYSTEM.value, None, 1, None)
-        yield (*head, None, born_at, born_at)
+        name = table.table_id
+        yield (name.namespace, name.name, TableKind.SYSTEM.value, None, 1, None, None, born_at, born_at)
 
 
 def _column_rows(catalog: Catalog, system_tables: SystemTables, filters: Filters) -> Rows:

@@ -396,14 +396,14 @@ def _casts_exactly(source: pa.DataType, target: pa.DataType) -> bool:
     if source == target or pa.types.is_null(source):
         return True
     if pa.types.is_integer(target):
-        return pa.types.is_integer(source) or pa.types.is_floating(source)
+        return bool(pa.types.is_integer(source) or pa.types.is_floating(source))
     if pa.types.is_floating(target):
         narrows = pa.types.is_float64(source) and pa.types.is_float32(target)
-        return not narrows and (pa.types.is_integer(source) or pa.types.is_floating(source))
+        return bool(not narrows and (pa.types.is_integer(source) or pa.types.is_floating(source)))
     if pa.types.is_string(target):
-        return pa.types.is_large_string(source) or pa.types.is_string_view(source) or pa.types.is_dictionary(source)
+        return bool(pa.types.is_large_string(source) or pa.types.is_string_view(source) or pa.types.is_dictionary(source))
     if pa.types.is_binary(target):
-        return pa.types.is_large_binary(source) or pa.types.is_binary_view(source)
+        return bool(pa.types.is_large_binary(source) or pa.types.is_binary_view(source))
     if pa.types.is_timestamp(target):
-        return pa.types.is_timestamp(source)
-    return pa.types.is_decimal(target) and pa.types.is_decimal(source) and source.scale <= target.scale
+        return bool(pa.types.is_timestamp(source))
+    return bool(pa.types.is_decimal(target) and pa.types.is_decimal(source) and source.scale <= target.scale)

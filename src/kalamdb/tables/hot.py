@@ -150,6 +150,10 @@ class HotCache:
         """Bytes held, about."""
         return self._bytes
 
+    def _entry(self, table: TableUid, prefix: bytes) -> _Entry | None:
+        scopes = self._tables.get(table)
+        return None if scopes is None else scopes.get(prefix)
+
     def reserve(self, table: TableUid, prefix: bytes) -> bool:
         """Start collecting commits of a scope that is about to be read; False when it is known already."""
         scopes = self._tables.setdefault(table, OrderedDict())
@@ -161,7 +165,7 @@ class HotCache:
 
     def install(self, table: TableUid, prefix: bytes, chunks: Sequence[Chunk], base_seq: Seq) -> None:
         """Set what a snapshot at `base_seq` held; commits collected since `reserve` stay on top."""
-        entry = self._tables.get(table, {}).get(prefix)
+        entry = self._entry(table, prefix)
         if entry is None or entry.ready:
             return
         entry.chunks = tuple(chunks)
@@ -186,7 +190,7 @@ class HotCache:
 
     def view(self, table: TableUid, prefix: bytes) -> HotView | None:
         """The scope's rows now; None when they are not cached."""
-        entry = self._tables.get(table, {}).get(prefix)
+        entry = self._entry(table, prefix)
         if entry is None or not entry.ready:
             return None
         self._recent.move_to_end((table, prefix))
@@ -195,7 +199,7 @@ class HotCache:
     def settle(self, table: TableUid, prefix: bytes, view: HotView, chunks: tuple[Chunk, ...]) -> None:
         """Keep the Arrow form of `view` for later readers. Takes the lock itself."""
         with self.lock:
-            entry = self._tables.get(table, {}).get(prefix)
+            entry = self._entry(table, prefix)
             if entry is None or entry.chunks is not view.chunks:
                 return
             entry.chunks = chunks
@@ -224,7 +228,7 @@ class HotCache:
 
     def retire(self, table: TableUid, watermark: Seq) -> None:
         """Let go of rows at or below the watermark."""
-        for entry in self._tables.get(table, {}).values():
+        for entry in list(self._tables.get(table, OrderedDict()).values()):
             if entry.ready and entry.chunks:
                 entry.chunks = tuple(chunk for chunk in entry.chunks if chunk.seq_max > watermark)
                 self._account(entry, sum(chunk.batch.nbytes for chunk in entry.chunks))

@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from kalamdb.clock import EPOCH_2024_MS, SEQ_SHIFT
 from kalamdb.schema import TypeName
-from kalamdb.storage import keys
+from kalamdb.storage import HotRow, keys
 from kalamdb.tables.hot import mark_table
-from kalamdb.tables.layout import KEY, SEQ, Layout, physical_name
+from kalamdb.tables.layout import KEY, SEQ, Layout, physical_name, rows_to_batch
 from kalamdb.tables.scan import FilePart, MemoryPart, Projection, ScanColumn, ScanPlan
 from kalamdb.tables.segments import Segment
 from kalamdb.tables.store import TableStore, TableView
 from kalamdb.tables.transaction import Overlay
-from kalamdb.types import SHARED_SCOPE, Scope, Seq, TableKind
+from kalamdb.types import SHARED_SCOPE, RowFlags, Scope, Seq, TableKind
 
 _META_TYPE = b"kalam"
+_MARK_SCHEMA = pa.schema([pa.field(KEY, pa.binary()), pa.field(SEQ, pa.int64())])
 _TYPED = frozenset({TypeName.UUID, TypeName.JSON, TypeName.FILE, TypeName.EMBEDDING})
 """Types whose Arrow form does not tell them; a result needs the metadata to show them as such."""
 
@@ -76,8 +78,8 @@ class _Marks:
     """The marks of a read, and which parts they may hide rows of."""
 
     def __init__(self, tables: Sequence[pa.Table]) -> None:
-        self.table = pa.concat_tables(tables) if tables else None
-        self._newest = max((int(pa.compute.max(table.column(SEQ)).as_py()) for table in tables if len(table)), default=0)
+        self.table = pa.concat_tables([table.cast(_MARK_SCHEMA) for table in tables]) if tables else None
+        self._newest = max((int(pc.max(table.column(SEQ)).as_py()) for table in tables if len(table)), default=0)
 
     def may_hide(self, oldest: Seq) -> bool:
         """Whether a row as old as `oldest` may be hidden."""
@@ -134,10 +136,6 @@ def _stream_plan(store: TableStore, view: TableView, layout: Layout) -> ScanPlan
             for row in chunk
             if row.seq >= oldest_seq
         ]
-    from kalamdb.storage import HotRow
-    from kalamdb.tables.layout import rows_to_batch
-    from kalamdb.types import RowFlags
-
     hot = [HotRow(b"", row.seq, RowFlags.NONE, row.payload) for row in rows]
     batch = rows_to_batch(hot, store.layout_of(view.definition.uid), layout)
     part = MemoryPart((batch,), layout.schema, projections(layout.schema, layout), has_tombstones=False, has_hidden=False)

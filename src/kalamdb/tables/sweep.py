@@ -108,7 +108,7 @@ def _named(snapshot: Snapshot, uid: TableUid) -> list[tuple[str, RecordOp, int]]
 def _remove_folder(store: TableStore, definition: TableDef) -> int:
     folder = table_folder(store.root, definition)
     freed = 0
-    for path in store.files.list(folder):
+    for path in store.files.names(folder):
         freed += store.files.size(path)
         store.files.unlink(path)
     store.files.remove_empty(folder, stop=store.root)
@@ -141,7 +141,7 @@ def sweep(
 def _sweep_table(store: TableStore, definition: TableDef, job: JobHandle) -> CleanupReport:
     # The listing comes first: a file that is seen had its intent before it, so the later snapshot
     # shows for each listed file either its record, its intent, or that it is nobody's.
-    listed = [path for path in store.files.list(table_folder(store.root, definition)) if path.name != MIRROR_NAME]
+    listed = [path for path in store.files.names(table_folder(store.root, definition)) if path.name != MIRROR_NAME]
     with store.backend.snapshot() as snapshot:
         live = {
             msgspec.msgpack.decode(stored.value, type=SegmentRecord).segment_id
@@ -194,7 +194,7 @@ def _sweep_strangers(store: TableStore, known: set[str]) -> list[int]:
             table, dropped = snapshot.records([record_key(RecordKind.TABLE, uid), record_key(RecordKind.DROPPED, uid)])
         if table is not None or dropped is not None:
             continue
-        freed += [_unlink(store, path) for path in store.files.list(folder)]
+        freed += [_unlink(store, path) for path in store.files.names(folder)]
         store.files.remove_empty(folder, stop=store.root)
     return freed
 

@@ -1,0 +1,276 @@
+"""Builds every part of a database, hands the parts to each other, starts and stops them in order."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from kalamdb.catalog import Catalog
+from kalamdb.clock import Clock, SystemClock
+from kalamdb.config import SETTINGS, Settings
+from kalamdb.files import FileOps, LocalFiles
+from kalamdb.jobs import JobRegistry, UnifiedJobManager
+from kalamdb.jobs.executors.cleanup import CleanupExecutor
+from kalamdb.jobs.executors.compact import CompactExecutor
+from kalamdb.jobs.executors.flush import FlushExecutor
+from kalamdb.jobs.log import JobLogFile
+from kalamdb.jobs.manager import JobRequest
+from kalamdb.jobs.scheduler import Schedulers
+from kalamdb.jobs.settings import JobSettings
+from kalamdb.schema import TableDef
+from kalamdb.service import Loop
+from kalamdb.sql.admin import Admin
+from kalamdb.sql.engine import Engine, EngineLimits
+from kalamdb.sql.query import Reader
+from kalamdb.sql.rows import Rows
+from kalamdb.sql.session import Session
+from kalamdb.sql.tokens import SqlLimits
+from kalamdb.storage import StorageBackend
+from kalamdb.storage.directory import DataDirectory
+from kalamdb.storage.jobs import JobInsert
+from kalamdb.storage.kv import KvBackend
+from kalamdb.storage.memory import MemoryKv
+from kalamdb.system import ManifestRow, SettingRow, SystemSources, SystemTablesRegistry
+from kalamdb.tables.compact import choose
+from kalamdb.tables.maintenance import Maintenance
+from kalamdb.tables.mirror import segment_json
+from kalamdb.tables.store import TableLimits, TableStore
+from kalamdb.types import TableKind
+
+_REMOVAL_INTERVAL_S = 1.0
+
+
+class AppContext:
+    """All parts of one database. Any number may live in one process; nothing is global.
+
+    Start order: directory, store, catalog, tables, engine and SQL, jobs, schedulers. `stop` goes the
+    other way round and is idempotent.
+    """
+
+    def __init__(
+        self,
+        path: Path | None,
+        settings: Settings,
+        *,
+        clock: Clock | None = None,
+        operations: FileOps | None = None,
+        backend: StorageBackend | None = None,
+        root: Path | None = None,
+    ) -> None:
+        self.settings = settings
+        self.clock = clock or SystemClock()
+        self._pid = os.getpid()
+        self._stopping = threading.Lock()
+        self._stopped = False
+        with ExitStack() as stack:
+            self.directory = None if path is None else DataDirectory.open(path, self.clock)
+            if self.directory is not None:
+                stack.callback(self.directory.close)
+                root = self.directory.generation.segments
+            assert root is not None
+            self.backend = backend or self._open_backend()
+            stack.callback(self.backend.close)
+            if self.directory is not None:
+                self.directory.finish_creation()
+            files = LocalFiles(operations)
+            self.catalog = Catalog(self.backend, self.clock)
+            self.catalog.start()
+            self.store = TableStore(self.backend, self.catalog, files, self.clock, root, self._table_limits())
+            self.store.start()
+            self.maintenance = Maintenance(self.store)
+            self.job_registry = self._registry()
+            self._job_manager = self._make_jobs(path)
+            self.system_tables = self._system(root)
+            self.session = self._make_session()
+            self.schedulers = Schedulers(
+                self.maintenance, self._job_manager, self.clock,
+                flush_enabled=settings["flush.scheduler_enabled"], compaction_enabled=settings["compaction.enabled"],
+                rows_default=settings["flush.default_row_limit"], interval_default_s=settings["flush.default_time_interval"],
+                check_interval_s=settings["flush.check_interval_seconds"],
+            )  # fmt: skip
+            self.store.pressure = self.schedulers.press
+            self._remover = Loop("removal", lambda: self.backend.remove_retired(), _REMOVAL_INTERVAL_S, self.clock)
+            stack.pop_all()
+
+    def _open_backend(self) -> StorageBackend:
+        settings = self.settings
+        if self.directory is None:
+            return KvBackend(MemoryKv(), self.clock, durability=settings["storage.durability"])
+        from kalamdb.storage.rocks import RocksKv
+
+        kv = RocksKv(
+            self.directory.generation.rocksdb,
+            create=self.directory.is_new,
+            block_cache_bytes=settings["storage.rocksdb.block_cache_size"],
+            write_buffer_bytes=settings["storage.rocksdb.write_buffer_size"],
+            open_files_max=settings["storage.rocksdb.max_open_files"],
+        )
+        return KvBackend(kv, self.clock, durability=settings["storage.durability"])
+
+    def _table_limits(self) -> TableLimits:
+        s = self.settings
+        return TableLimits(
+            batch_rows_max=s["limits.batch_rows_max"],
+            row_group_rows_max=s["segment.row_group_rows_max"],
+            segment_bytes_max=s["compaction.segment_bytes_max"],
+            level0_segments_max=s["compaction.level0_segments_max"],
+            hot_bytes_max=s["hot.bytes_max"],
+            hot_cache_bytes_max=s["hot.cache_bytes_max"],
+            segment_cache_bytes_max=s["segment.cache_bytes_max"],
+            hot_wait_timeout_s=s["hot.wait_timeout_s"],
+            tombstone_window_s=s["live.resume_window_s"],
+        )
+
+    def _registry(self) -> JobRegistry:
+        registry = JobRegistry()
+        registry.register(FlushExecutor())
+        registry.register(CompactExecutor())
+        registry.register(CleanupExecutor())
+        return registry
+
+    def _make_jobs(self, path: Path | None) -> UnifiedJobManager:
+        s = self.settings
+        job_settings = JobSettings(
+            max_concurrent=s["jobs.max_concurrent"],
+            max_retries=s["jobs.max_retries"],
+            retry_backoff_ms=s["jobs.retry_backoff_ms"],
+            cancel_timeout_s=s["jobs.cancel_timeout_s"],
+            quarantine_after=s["jobs.quarantine_after"],
+            queued_max=s["jobs.queued_max"],
+            shutdown_timeout_s=s["shutdown.timeout_s"],
+        )
+        log = None
+        if path is not None:
+            folder = Path(s["logging.logs_path"]) if s["logging.logs_path"] else path / "logs"
+            log = JobLogFile(
+                self.backend, folder / "jobs.log", self.clock, bytes_max=job_settings.log_bytes_max, files_max=job_settings.log_files_max
+            )
+        return UnifiedJobManager(
+            self.backend, self.job_registry, self.clock, job_settings, log=log, resolve_table=self.maintenance.resolve
+        )
+
+    def _system(self, root: Path) -> SystemTablesRegistry:
+        return SystemTablesRegistry(
+            SystemSources(
+                catalog=self.catalog,
+                jobs=self.backend.jobs,
+                manifests=self._manifests,
+                settings=self._setting_rows,
+                stats=self._stats,
+                segments_directory=str(root),
+            )
+        )
+
+    def _manifests(self) -> list[ManifestRow]:
+        rows = []
+        for entry in self.catalog.tables():
+            definition = entry.definition
+            if definition.kind is TableKind.STREAM:
+                continue
+            state = self.store.state(definition.uid)
+            rows.append(
+                ManifestRow(
+                    namespace=definition.namespace,
+                    table=definition.name,
+                    scope="shared" if definition.kind is TableKind.SHARED else "all",
+                    segments=[segment_json(segment) for segment in state.segments],
+                    sync_state="pending_write" if self.store.has_pending(definition.uid) else "in_sync",
+                    version=state.manifest_version,
+                    refreshed_at=max((segment.record.created_at for segment in state.segments), default=definition.created_at),
+                    accessed_at=self.clock.now_ms(),
+                )
+            )
+        return rows
+
+    def _setting_rows(self) -> list[SettingRow]:
+        return [SettingRow(one.key, str(self.settings[one.key]), one.help, one.category) for one in SETTINGS]
+
+    def _stats(self) -> Mapping[str, object]:
+        return {
+            **self.backend.stats(),
+            "hot_bytes": self.store.hot_bytes(),
+            "hot_cache_bytes": self.store.hot.bytes_used,
+            "abandoned_job_threads": self._job_manager.runner.abandoned_threads,
+        }
+
+    def _make_session(self) -> Session:
+        s = self.settings
+        memory = s["datafusion.memory_limit"] or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
+        engine = Engine(EngineLimits(memory_bytes_max=memory, target_partitions=s["datafusion.query_parallelism"]))
+        reader = Reader(self.store, self.catalog, engine, self.system_tables, s["limits.result_bytes_max"])
+        rows = Rows(self.store, reader, self.clock)
+        admin = Admin(self.store, self.catalog, reader, self.system_tables, _SqlJobs(self), self.clock)
+        self.rows = rows
+        return Session(
+            self.store, reader, rows, admin, self.clock,
+            limits=SqlLimits(
+                bytes_max=s["limits.sql_bytes_max"], tokens_max=s["limits.sql_tokens_max"],
+                depth_max=s["limits.sql_depth_max"], set_operands_max=s["limits.sql_set_operands_max"],
+            ),
+            cache_entries_max=s["execution.sql_plan_cache_max_entries"],
+            transaction_timeout_s=s["transaction_timeout_secs"],
+            transaction_bytes_max=s["max_transaction_buffer_bytes"],
+        )  # fmt: skip
+
+    @property
+    def job_manager(self) -> UnifiedJobManager:
+        """The manager of all jobs of this database."""
+        return self._job_manager
+
+    def start(self, services: Any = None) -> None:
+        """Begin the background work. `services` is the database as user executors see it."""
+        self._job_manager.runner.services = services
+        if self._job_manager.log is not None:
+            self._job_manager.log.start()
+        self._remover.start()
+        self._job_manager.run_loop(self.settings["jobs.max_concurrent"])
+        self.schedulers.start()
+
+    def stop(self) -> None:
+        """End the background work, then release the store and the directory. Idempotent, also after fork()."""
+        with self._stopping:
+            if self._stopped:
+                return
+            self._stopped = True
+        if os.getpid() != self._pid:
+            return
+        with ExitStack() as stack:
+            if self.directory is not None:
+                stack.callback(self.directory.close)
+            stack.callback(self.backend.close)
+            if self._job_manager.log is not None:
+                stack.callback(self._job_manager.log.stop)
+            stack.callback(self._remover.stop)
+            stack.callback(self._job_manager.stop)
+            stack.callback(self.schedulers.stop)
+
+
+class _SqlJobs:
+    """The job manager as SQL statements use it."""
+
+    def __init__(self, context: AppContext) -> None:
+        self._context = context
+
+    def create_maintenance(self, job_type: str, table_id: str) -> str:
+        return self._context.job_manager.create_job(job_type, {"table_id": table_id}).id
+
+    def cleanup_insert(self, definition: TableDef) -> JobInsert:
+        params = {"table_id": str(definition.table_id), "operation": "drop_table", "table_uid": int(definition.uid)}
+        return self._context.job_manager.prepare(JobRequest(job_type="cleanup", params=params))
+
+    def cancel(self, job_id: str) -> Any:
+        return self._context.job_manager.cancel_job(job_id)
+
+    def wake(self) -> None:
+        self._context.job_manager.runner.wake()
+
+    def has_compactable(self, uid: int) -> bool:
+        store = self._context.store
+        return choose(store.state(uid), store.limits.level0_segments_max, full=True) is not None  # type: ignore[arg-type]
+
+
+__all__ = ["AppContext"]

@@ -1,0 +1,388 @@
+"""The public Python API: connect, execute, insert, transactions, jobs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from kalamdb.app_context import AppContext
+from kalamdb.config import Settings
+from kalamdb.errors import Closed, Corrupt, InvalidRequest
+from kalamdb.jobs import UnifiedJobManager
+from kalamdb.result import Result
+from kalamdb.sql.caller import Caller
+from kalamdb.storage.jobs import JobFence, JobMove
+from kalamdb.tables.transaction import Transaction as TableTransaction
+from kalamdb.tables.write import OnConflict
+from kalamdb.types import Role, Scope, TableId, TableKind
+
+_DEFAULT_USER = "root"
+_USER_LENGTH_MAX = 128
+Params = Sequence[Any] | Mapping[str, Any] | None
+
+
+@dataclass(frozen=True, slots=True)
+class CheckReport:
+    """What `Database.check` found; clean when `problems` is empty."""
+
+    problems: list[str] = field(default_factory=list)
+    tables: int = 0
+    segments: int = 0
+    strays: int = 0
+    """Files that no record names; a sweep removes them."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything holds."""
+        return not self.problems
+
+
+class Database:
+    """An open database. Thread-safe; a context manager that closes it."""
+
+    def __init__(self, context: AppContext, on_close: Callable[[], None] = lambda: None) -> None:
+        self._context = context
+        self._pid = os.getpid()
+        self._closed = False
+        self._on_close = on_close
+        context.start(_Services(self))
+
+    @property
+    def context(self) -> AppContext:
+        """The parts of this database."""
+        return self._context
+
+    @property
+    def jobs(self) -> UnifiedJobManager:
+        """The job manager."""
+        self._check_open()
+        return self._context.job_manager
+
+    def __enter__(self) -> Database:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Finish what runs, then release the directory. Idempotent. Raises nothing after fork()."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            self._context.stop()
+        finally:
+            if os.getpid() == self._pid:
+                self._on_close()
+
+    def _check_open(self) -> None:
+        if os.getpid() != self._pid:
+            raise Closed("this database was opened before fork(); open it again in the child")
+        if self._closed:
+            raise Closed("the database is closed; open it again")
+
+    def _caller(
+        self, user: str | None, role: str | Role | None, namespace: str | None, params: Params, timeout_s: float | None
+    ) -> Caller:
+        self._check_open()
+        name = _DEFAULT_USER if user is None else user
+        if not isinstance(name, str) or not name or len(name) > _USER_LENGTH_MAX:
+            raise InvalidRequest(f"user {name!r} is not a name of 1 to {_USER_LENGTH_MAX} characters")
+        try:
+            wanted = Role.SYSTEM if role is None else Role(role)
+        except ValueError:
+            raise InvalidRequest(f"role '{role}' is not one of {', '.join(Role)}") from None
+        clock = self._context.clock
+        deadline = None if timeout_s is None else clock.monotonic_s() + timeout_s
+        return Caller(
+            name, wanted, namespace or "default", params,
+            deadline=lambda: deadline is not None and clock.monotonic_s() > deadline,
+            cancelled=lambda: self._closed,
+        )  # fmt: skip
+
+    def execute(
+        self,
+        sql: str,
+        params: Params = None,
+        *,
+        user: str | None = None,
+        role: str | Role | None = None,
+        namespace: str | None = None,
+        timeout_s: float | None = None,
+    ) -> Result:
+        """Run one or more statements; the last result, all of them in `.results`. Durable on return.
+
+        `user` selects the rows of USER and STREAM tables (default 'root'). Raises KalamDbError.
+        """
+        return self._context.session.execute(sql, self._caller(user, role, namespace, params, timeout_s))
+
+    @contextmanager
+    def stream(
+        self, sql: str, params: Params = None, *, user: str | None = None, role: str | Role | None = None,
+        namespace: str | None = None, timeout_s: float | None = None,
+    ) -> Iterator[Iterator[pa.RecordBatch]]:  # fmt: skip
+        """The rows of a SELECT as Arrow batches, without a limit on their size."""
+        with ExitStack() as stack:
+            caller = self._caller(user, role, namespace, params, timeout_s)
+            yield iter(self._context.session.stream(sql, caller, stack))
+
+    def insert(
+        self,
+        table: str,
+        data: Any,
+        *,
+        user: str | None = None,
+        user_column: str | None = None,
+        on_conflict: str = "error",
+        role: str | Role | None = None,
+        namespace: str | None = None,
+    ) -> int:
+        """Insert Arrow, pandas, polars, or a list of dicts or tuples; all rows or none. Returns the rows written.
+
+        `user_column` names the column, not stored, that says whose row it is. `on_conflict` is "error",
+        "ignore" or "update".
+        """
+        caller = self._caller(user, role, namespace, None, None)
+        return self._insert(table, data, caller, user_column, on_conflict, None)
+
+    def _insert(
+        self, table: str, data: Any, caller: Caller, user_column: str | None, on_conflict: str, transaction: TableTransaction | None
+    ) -> int:
+        table_id = TableId.parse(table) if "." in table else TableId(caller.namespace, table)
+        entry = self._context.catalog.require(table_id)
+        try:
+            conflict = OnConflict(on_conflict)
+        except ValueError:
+            raise InvalidRequest(f"on_conflict '{on_conflict}' is not one of {', '.join(OnConflict)}") from None
+        rows = _arrow(data, [column.name for column in entry.definition.columns], user_column)
+        if not rows.num_rows:
+            return 0
+        if user_column is None:
+            scopes = [caller.scope(entry.definition)]
+        else:
+            if entry.definition.kind is TableKind.SHARED:
+                raise InvalidRequest(f"user_column has no meaning for SHARED table '{table_id}'")
+            if user_column not in rows.schema.names:
+                raise InvalidRequest(f"the data has no column '{user_column}' (user_column)")
+            names = rows.column(user_column).to_pylist()
+            for name in set(names):
+                if not isinstance(name, str) or not 0 < len(name) <= _USER_LENGTH_MAX:
+                    raise InvalidRequest(f"column '{user_column}' holds {name!r}, which is not a user name")
+            scopes = [Scope(name) for name in names]
+            rows = rows.drop_columns([user_column])
+        return self._context.rows.insert_table(entry, rows, scopes, caller, conflict, transaction)
+
+    def session(self, *, user: str | None = None, role: str | Role | None = None, namespace: str | None = None) -> BoundSession:
+        """The same calls, bound to a user, role and namespace."""
+        return BoundSession(self, {"user": user, "role": role, "namespace": namespace})
+
+    @contextmanager
+    def transaction(self, user: str | None = None) -> Iterator[Transaction]:
+        """A transaction over any tables: snapshot reads, own writes visible, committed when the block ends.
+
+        Raises TransactionConflict at the end when another writer came first; an exception rolls back.
+        """
+        with self._transaction(user, list) as transaction:
+            yield transaction
+
+    @contextmanager
+    def _transaction(self, user: str | None, operations: Callable[[], list[Any]]) -> Iterator[Transaction]:
+        self._check_open()
+        with ExitStack() as stack:
+            inner = self._context.session.begin(stack)
+            transaction = Transaction(self, inner, user)
+            yield transaction
+            if not inner.ended:
+                inner.jobs += operations()
+                commit = inner.commit()
+                if commit is not None and commit.jobs:
+                    self._context.job_manager.runner.wake()
+
+    def check(self) -> CheckReport:
+        """Verify records against files, checksums, indexes. Blocks while it reads every segment."""
+        self._check_open()
+        return check(self._context)
+
+
+class BoundSession:
+    """Calls of a Database with user, role and namespace filled in."""
+
+    def __init__(self, database: Database, bound: dict[str, Any]) -> None:
+        self._database = database
+        self._bound = bound
+
+    def execute(self, sql: str, params: Params = None, *, timeout_s: float | None = None) -> Result:
+        """See Database.execute."""
+        return self._database.execute(sql, params, timeout_s=timeout_s, **self._bound)
+
+    def insert(self, table: str, data: Any, *, user_column: str | None = None, on_conflict: str = "error") -> int:
+        """See Database.insert."""
+        return self._database.insert(table, data, user_column=user_column, on_conflict=on_conflict, **self._bound)
+
+
+class Transaction:
+    """What `with db.transaction() as tx` gives."""
+
+    def __init__(self, database: Database, inner: TableTransaction, user: str | None) -> None:
+        self._database = database
+        self._inner = inner
+        self._user = user
+
+    def execute(self, sql: str, params: Params = None, *, namespace: str | None = None) -> Result:
+        """Run statements inside the transaction."""
+        caller = self._database._caller(self._user, None, namespace, params, None)
+        self._inner.check_open()
+        return self._database.context.session.execute(sql, caller, self._inner)
+
+    def insert(self, table: str, data: Any, *, on_conflict: str = "error") -> int:
+        """Insert rows inside the transaction."""
+        caller = self._database._caller(self._user, None, None, None, None)
+        self._inner.check_open()
+        return self._database._insert(table, data, caller, None, on_conflict, self._inner)
+
+    def create_job(self, job_type: str, params: Any = None, idempotency_key: str | None = None, **options: Any) -> None:
+        """Create a job that lives and dies with the transaction."""
+        from kalamdb.jobs import JobRequest
+
+        self._inner.check_open()
+        request = JobRequest(job_type=job_type, params=params, idempotency_key=idempotency_key, **options)
+        self._inner.jobs.append(self._database.jobs.prepare(request))
+
+    def rollback(self) -> None:
+        """Forget all changes."""
+        self._inner.rollback()
+
+
+class _Services:
+    """The database as executors see it."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    @property
+    def maintenance(self) -> Any:
+        return self._database.context.maintenance
+
+    def execute(self, sql: str, params: Any, *, user: str | None, fence: JobFence) -> Result:
+        words = sql.split(None, 1)
+        if words and words[0].upper() in ("INSERT", "UPDATE", "DELETE"):
+            with self._database._transaction(user, lambda: [fence]) as transaction:
+                return transaction.execute(sql, params)
+        return self._database.execute(sql, params, user=user)
+
+    def insert(self, table: str, data: Any, *, user: str | None, fence: JobFence) -> int:
+        with self._database._transaction(user, lambda: [fence]) as transaction:
+            return transaction.insert(table, data)
+
+    def transaction(self, *, user: str | None, operations: Callable[[], list[JobFence | JobMove]]) -> Any:
+        return self._database._transaction(user, operations)
+
+
+def _arrow(data: Any, columns: list[str], user_column: str | None) -> pa.Table:
+    """Rows in any accepted form as an Arrow table."""
+    if isinstance(data, pa.RecordBatch):
+        return pa.Table.from_batches([data])
+    if isinstance(data, pa.Table):
+        return data
+    if hasattr(data, "to_arrow"):
+        return data.to_arrow()
+    if hasattr(data, "__arrow_c_stream__"):
+        return pa.table(data)
+    if hasattr(data, "iloc"):
+        return pa.Table.from_pandas(data, preserve_index=False)
+    if not isinstance(data, (list, tuple)):
+        data = list(data)
+    if not data:
+        return pa.table({})
+    if isinstance(data[0], Mapping):
+        names = list(dict.fromkeys(name for row in data for name in row))
+        return pa.table({name: _column([row.get(name) for row in data], name) for name in names})
+    names = columns if user_column is None else [user_column, *columns]
+    width = len(data[0])
+    if width > len(names) or any(len(row) != width for row in data):
+        raise InvalidRequest(f"rows as tuples must have one length of at most {len(names)}: {', '.join(names)}")
+    return pa.table({name: _column([row[at] for row in data], name) for at, name in enumerate(names[:width])})
+
+
+def _column(values: list[Any], name: str) -> pa.Array:
+    import uuid
+
+    from kalamdb.sql.analyse import sql_literal
+
+    plain = [str(v) if isinstance(v, uuid.UUID) else v for v in values]
+    if any(isinstance(v, dict) for v in plain):
+        import msgspec
+
+        plain = [None if v is None else v if isinstance(v, str) else msgspec.json.encode(v).decode() for v in plain]
+    try:
+        return pa.array(plain)
+    except (pa.ArrowException, TypeError, OverflowError, ValueError):
+        pass
+    try:
+        return pa.array([None if v is None else v if isinstance(v, str) else sql_literal(v).strip("()'") for v in plain], pa.string())
+    except (pa.ArrowException, InvalidRequest) as exc:
+        raise InvalidRequest(f"column '{name}' holds values of types that do not go together: {exc}") from None
+
+
+def check(context: AppContext) -> CheckReport:
+    """All invariants of a database: each segment against its checksum and its record, no duplicate live row keys."""
+    problems: list[str] = []
+    segments = strays = 0
+    entries = context.catalog.tables()
+    for entry in entries:
+        uid = entry.definition.uid
+        state = context.store.state(uid)
+        named = set()
+        for segment in state.segments:
+            segments += 1
+            named.add(segment.path.name)
+            try:
+                rows = 0
+                last = b""
+                for table in context.store.segments.scan(segment):
+                    keys = table.column("_key").to_pylist()
+                    rows += len(keys)
+                    if keys and (keys[0] <= last or any(a >= b for a, b in zip(keys, keys[1:], strict=False))):
+                        problems.append(f"segment '{segment.path}' is not in strict key order")
+                    last = keys[-1] if keys else last
+                if rows != segment.record.rows:
+                    problems.append(f"segment '{segment.path}' has {rows} rows, its record says {segment.record.rows}")
+            except Corrupt as exc:
+                problems.append(str(exc))
+        folder = context.store.root / entry.definition.namespace / entry.definition.name / str(uid)
+        strays += sum(1 for path in context.store.files.names(folder) if path.suffix == ".parquet" and path.name not in named)
+        with context.backend.snapshot() as snapshot:
+            for chunk in snapshot.hot(uid):
+                for row in chunk:
+                    if entry.definition.kind is TableKind.SHARED and not row.key.startswith(b"\x00\x00\x00\x01"):
+                        problems.append(f"table '{entry.definition.table_id}' holds a row outside the shared scope")
+    return CheckReport(problems, len(entries), segments, strays)
+
+
+def connect(path: str | os.PathLike[str], **settings: Any) -> Database:
+    """Open the database in directory `path`, making it when there is none; ":memory:" keeps it in memory.
+
+    `settings` are keys of docs/settings.md, as "jobs.max_concurrent" or jobs_max_concurrent; `config`
+    names a TOML file. Raises DirectoryLocked, Corrupt, InvalidRequest, Unavailable.
+    """
+    file = settings.pop("config", None)
+    loaded = Settings.load(settings, file=None if file is None else Path(file))
+    if os.fspath(path) != ":memory:":
+        return Database(AppContext(Path(path), loaded))
+    folder = Path(tempfile.mkdtemp(prefix="kalamdb-"))
+    try:
+        return Database(AppContext(None, loaded, root=folder), lambda: shutil.rmtree(folder, ignore_errors=True))
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+__all__ = ["BoundSession", "CheckReport", "Database", "Transaction", "check", "connect"]

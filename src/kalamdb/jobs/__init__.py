@@ -1,0 +1,25 @@
+"""The unified job manager: durable jobs, executors, and the loop that runs them."""
+
+from kalamdb.jobs.context import JobContext
+from kalamdb.jobs.manager import JobRequest, UnifiedJobManager
+from kalamdb.jobs.model import Completed, InterruptReason, Job, JobInterrupted, Permanent, Retry, Skipped, Snooze
+from kalamdb.jobs.registry import JobExecutor, JobRegistry
+from kalamdb.storage.jobs import JobStatus, RetryPolicy
+
+__all__ = [
+    "Completed",
+    "InterruptReason",
+    "Job",
+    "JobContext",
+    "JobExecutor",
+    "JobInterrupted",
+    "JobRegistry",
+    "JobRequest",
+    "JobStatus",
+    "Permanent",
+    "Retry",
+    "RetryPolicy",
+    "Skipped",
+    "Snooze",
+    "UnifiedJobManager",
+]

@@ -1,0 +1,1 @@
+"""SQL: text to statements, statements to tables and engine."""

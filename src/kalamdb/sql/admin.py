@@ -1,0 +1,316 @@
+"""Statements about tables, namespaces and jobs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Protocol, assert_never
+
+import pyarrow as pa
+
+from kalamdb.catalog import AddColumn, AlterChange, Catalog, CatalogEntry, ModifyColumn, RowProbe, TableSpec
+from kalamdb.clock import Clock
+from kalamdb.errors import Denied, IdempotencyConflict, InvalidRequest, NotFound
+from kalamdb.result import Result
+from kalamdb.schema import ColumnDef, TableDef
+from kalamdb.sql import statements as st
+from kalamdb.sql.caller import Caller, denied, may_create
+from kalamdb.sql.parse_table import resolve_default
+from kalamdb.sql.query import Query, Reader
+from kalamdb.storage.jobs import JobInsert
+from kalamdb.tables.layout import read_payload
+from kalamdb.tables.store import TableStore
+from kalamdb.tables.write import Defaults
+from kalamdb.types import Role, TableId, TableKind
+
+
+class Jobs(Protocol):
+    """What SQL asks of the job manager."""
+
+    def create_maintenance(self, job_type: str, table_id: str) -> str:
+        """Create a flush or compact job; its id. Raises IdempotencyConflict."""
+        ...
+
+    def cleanup_insert(self, definition: TableDef) -> JobInsert:
+        """The cleanup job of a dropped table."""
+        ...
+
+    def cancel(self, job_id: str) -> Any:
+        """Cancel a job; the job as it ended."""
+        ...
+
+    def wake(self) -> None:
+        """Jobs were inserted by a commit."""
+        ...
+
+    def has_compactable(self, uid: int) -> bool:
+        """Whether a compaction of the table would find something."""
+        ...
+
+
+class SystemTables(Protocol):
+    """What SHOW and DESCRIBE need of the system tables."""
+
+    def find(self, table_id: TableId) -> Any: ...
+    def table(self, table_id: TableId) -> pa.Table: ...
+    def show_tables(self, namespace: str) -> pa.Table: ...
+    def describe(self, table_id: TableId) -> pa.Table: ...
+    def history(self, table_id: TableId) -> pa.Table: ...
+
+
+class Admin:
+    """Runs DDL, SHOW, STORAGE and JOB statements for callers."""
+
+    def __init__(self, store: TableStore, catalog: Catalog, reader: Reader, system: SystemTables, jobs: Jobs, clock: Clock) -> None:
+        self._store = store
+        self._catalog = catalog
+        self._reader = reader
+        self._system = system
+        self._jobs = jobs
+        self._clock = clock
+
+    def run(self, statement: st.Statement, caller: Caller) -> Result:
+        """Run one statement."""
+        match statement:
+            case st.CreateNamespace(name=name):
+                created = self._catalog.create_namespace(name, if_not_exists=statement.if_not_exists)
+                return Result(message=f"Namespace '{name}' {'created successfully' if created else 'already exists'}")
+            case st.DropNamespace():
+                return self._drop_namespace(statement)
+            case st.AlterNamespace(name=name, options=options):
+                self._catalog.alter_namespace(name, options)
+                return Result(message=f"Namespace '{name}' altered successfully")
+            case st.CreateTable():
+                return self._create_table(statement, caller)
+            case st.AlterTable():
+                return self._alter_table(statement, caller)
+            case st.DropTable():
+                return self._drop_table(statement, caller)
+            case st.TruncateTable(table=table):
+                definition, commit = self._catalog.truncate_table(self._reader.resolve(table, caller), self._jobs.cleanup_insert)
+                self._jobs.wake()
+                return Result(message=f"Table {definition.table_id} truncated. Cleanup job: {commit.jobs[0]}")
+            case st.CreateView(view=view):
+                self._catalog.create_view(self._reader.resolve(view, caller), statement.query, or_replace=statement.or_replace)
+                return Result(message=f"View {self._reader.resolve(view, caller)} created successfully")
+            case st.DropView():
+                return self._drop_view(statement, caller)
+            case st.Show():
+                return Result(self._show(statement, caller))
+            case st.Maintain():
+                return self._maintain(statement, caller)
+            case st.CancelJob(job_id=job_id):
+                job = self._jobs.cancel(job_id)
+                text = "killed: cancelled" if job.status == "cancelled" else f"had ended before: {job.status}"
+                return Result(row_count=1, message=f"Job {job_id} {text}")
+            case st.SetOption(name=name):
+                raise InvalidRequest(f"setting '{name}' cannot be changed by SET; give it when the database is opened")
+            case _:
+                raise InvalidRequest(f"'{statement.sql[:60]}' cannot run here")
+
+    def use(self, statement: st.UseNamespace) -> str:
+        """The namespace that USE selects. Raises NotFound."""
+        if not self._catalog.has_namespace(statement.name):
+            raise NotFound(f"Namespace '{statement.name}' does not exist")
+        return statement.name
+
+    def _drop_namespace(self, statement: st.DropNamespace) -> Result:
+        try:
+            dropped, commit = self._catalog.drop_namespace(statement.name, self._jobs.cleanup_insert)
+        except NotFound:
+            if statement.if_exists:
+                return Result(message=f"Namespace '{statement.name}' does not exist")
+            raise
+        self._jobs.wake()
+        jobs = f" Cleanup jobs: {', '.join(commit.jobs)}" if dropped else ""
+        return Result(message=f"Namespace '{statement.name}' dropped successfully with {len(dropped)} table(s).{jobs}")
+
+    def _create_table(self, statement: st.CreateTable, caller: Caller) -> Result:
+        table_id = self._reader.resolve(statement.table, caller)
+        kind = statement.kind
+        if kind is None:
+            own = not caller.has(Role.DBA) and table_id.namespace == caller.user
+            kind = TableKind.USER if own else TableKind.SHARED
+        if not may_create(caller, kind):
+            raise Denied(f"role {caller.role} may not create {kind.upper()} table '{table_id}'")
+        if statement.if_not_exists and self._catalog.table(table_id) is not None:
+            return Result(message=f"Table {table_id} already exists")
+        if statement.options.storage_id != "local":
+            raise InvalidRequest(f"Storage '{statement.options.storage_id}' does not exist")
+        spec = TableSpec(
+            namespace=table_id.namespace,
+            name=table_id.name,
+            kind=kind,
+            columns=statement.columns,
+            primary_key=statement.primary_key,
+            checks=statement.checks,
+            options=statement.options,
+        )
+        entry = self._catalog.create_table(spec)
+        try:
+            self._try_checks(entry, caller)
+        except InvalidRequest:
+            self._catalog.drop_table(table_id, self._jobs.cleanup_insert)
+            self._jobs.wake()
+            raise
+        return Result(message=f"Table {table_id} created successfully")
+
+    def _try_checks(self, entry: CatalogEntry, caller: Caller) -> None:
+        for check in entry.definition.checks:
+            layout = self._store.layout(entry.definition)
+            found = self._reader.evaluate(f"({check.sql}) AS v0", layout, [(entry.definition.name, [])], caller)
+            if not pa.types.is_boolean(found.schema.field(0).type) and not pa.types.is_null(found.schema.field(0).type):
+                raise InvalidRequest(f"CHECK ({check.sql}) is not a condition")
+
+    def _alter_table(self, statement: st.AlterTable, caller: Caller) -> Result:
+        table_id = self._reader.resolve(statement.table, caller)
+        entry = self._catalog.require(table_id)
+        if not may_create(caller, entry.definition.kind):
+            raise denied(caller, "alter", entry.definition)
+        change: AlterChange = statement.change
+        if isinstance(change, ModifyColumn):
+            column = entry.definition.column(change.name)
+            if column is not None:
+                change = resolve_default(change, column.type)
+        if isinstance(change, AddColumn) and not change.column.nullable and change.column.default is not None:
+            change = replace(change, fill=self._fill(change, caller))
+        probe = RowProbe(lambda: self._is_empty(table_id), lambda column: self._has_nulls(table_id, column))
+        _, text = self._catalog.alter_table(table_id, change, probe)
+        return Result(message=text)
+
+    def _fill(self, change: AddColumn, caller: Caller) -> Any:
+        column = ColumnDef(id=0, name=change.column.name, type=change.column.type)
+        return Defaults(self._store.backend, self._clock, caller.user).value(change.column.default, column)
+
+    def _is_empty(self, table_id: TableId) -> bool:
+        entry = self._catalog.require(table_id)
+        if self._store.state(entry.definition.uid).segments:
+            return False
+        with self._store.backend.snapshot() as snapshot:
+            if entry.definition.kind is TableKind.STREAM:
+                return not snapshot.buckets(entry.definition.uid)
+            return next(iter(snapshot.hot(entry.definition.uid, chunk_rows=1)), None) is None
+
+    def _has_nulls(self, table_id: TableId, column: str) -> bool:
+        entry = self._catalog.require(table_id)
+        definition = entry.definition
+        layout = self._store.layout(definition)
+        at = layout.index_of_name[column]
+        layout_of = self._store.layout_of(definition.uid)
+        for segment in self._store.state(definition.uid).segments:
+            written = layout_of(segment.record.schema_version)
+            if layout.columns[at].id not in written.index_of_id:
+                if layout.columns[at].fill is None:
+                    return True
+            elif segment.record.column_stats.get(layout.columns[at].id, (None, None, -1))[2] != 0:
+                return True
+        with self._store.backend.snapshot() as snapshot:
+            rows = (row for chunk in snapshot.hot(definition.uid) for row in chunk if not row.flags & 1)
+            return any(read_payload(row.payload, layout_of, layout)[at] is None for row in rows)
+
+    def _drop_table(self, statement: st.DropTable, caller: Caller) -> Result:
+        table_id = self._reader.resolve(statement.table, caller)
+        entry = self._catalog.table(table_id)
+        if entry is None and statement.if_exists:
+            return Result(message=f"Table {table_id} does not exist")
+        if entry is not None and statement.kind is not None and entry.definition.kind is not statement.kind:
+            raise InvalidRequest(f"table '{table_id}' is a {entry.definition.kind.upper()} table, not a {statement.kind.upper()} table")
+        definition, commit = self._catalog.drop_table(table_id, self._jobs.cleanup_insert)
+        self._jobs.wake()
+        return Result(message=f"Table {definition.table_id} dropped successfully. Cleanup job: {commit.jobs[0]}")
+
+    def _drop_view(self, statement: st.DropView, caller: Caller) -> Result:
+        view_id = self._reader.resolve(statement.view, caller)
+        if statement.if_exists and self._catalog.view(view_id) is None:
+            return Result(message=f"View {view_id} does not exist")
+        self._catalog.drop_view(view_id)
+        return Result(message=f"View {view_id} dropped successfully")
+
+    # Showing
+
+    def _show(self, statement: st.Show, caller: Caller) -> pa.Table:
+        system = self._system
+        match statement.kind:
+            case st.ShowKind.NAMESPACES:
+                return system.table(TableId("system", "namespaces"))
+            case st.ShowKind.TABLES:
+                return system.show_tables(statement.namespace or caller.namespace)
+            case st.ShowKind.COLUMNS | st.ShowKind.DESCRIBE:
+                assert statement.table is not None
+                return system.describe(self._reader.resolve(statement.table, caller))
+            case st.ShowKind.HISTORY:
+                assert statement.table is not None
+                return system.history(self._reader.resolve(statement.table, caller))
+            case st.ShowKind.ALL:
+                return system.table(TableId("system", "settings"))
+            case st.ShowKind.MANIFEST:
+                return system.table(TableId("system", "manifest"))
+            case st.ShowKind.STATS:
+                assert statement.table is not None
+                return self._stats(self._reader.entry(statement.table, caller))
+            case st.ShowKind.JOB:
+                query = Query(f"SELECT * FROM system.jobs WHERE job_id = '{(statement.job_id or '').replace(chr(39), chr(39) * 2)}'")
+                self._reader.add_system(query, TableId("system", "jobs"), caller)
+                found = self._reader.run(query, caller).table(1 << 30)
+                if not found.num_rows:
+                    raise NotFound(f"Job '{statement.job_id}' does not exist")
+                return found
+            case other:
+                assert_never(other)
+
+    def _stats(self, entry: CatalogEntry) -> pa.Table:
+        state = self._store.state(entry.definition.uid)
+        with self._store.hot.lock:
+            figures = self._store.figures(entry.definition.uid)
+            hot_rows, hot_bytes = figures.rows, figures.bytes_
+        rows = {
+            "hot_rows": hot_rows,
+            "hot_bytes": hot_bytes,
+            "segments": len(state.segments),
+            "level0_segments": sum(one.record.level == 0 for one in state.segments),
+            "cold_rows": sum(one.record.rows for one in state.segments),
+            "cold_bytes": sum(one.record.size_bytes for one in state.segments),
+            "tombstones": sum(one.record.tombstones for one in state.segments),
+        }
+        return pa.table({"statistic": list(rows), "value": pa.array(list(rows.values()), pa.int64())})
+
+    # Maintenance
+
+    def _maintain(self, statement: st.Maintain, caller: Caller) -> Result:
+        word = "flush" if statement.operation == "flush" else "compaction"
+        if statement.table is not None:
+            entry = self._reader.entry(statement.table, caller)
+            return Result(message=self._maintain_one(statement.operation, word, entry))
+        namespace = statement.namespace or caller.namespace
+        if not self._catalog.has_namespace(namespace):
+            raise NotFound(f"Namespace '{namespace}' does not exist")
+        entries = [one for one in self._catalog.tables(namespace) if one.definition.kind is not TableKind.STREAM]
+        wanted = [one for one in entries if self._has_work(statement.operation, one)]
+        if not wanted:
+            if statement.operation == "compact":
+                raise InvalidRequest(f"No compactable tables found in namespace '{namespace}'")
+            return Result(message=f"Storage flush skipped: no pending writes in namespace '{namespace}'")
+        ids = []
+        for entry in wanted:
+            try:
+                ids.append(self._jobs.create_maintenance(statement.operation, str(entry.definition.table_id)))
+            except IdempotencyConflict as conflict:
+                ids.append(conflict.job.id)
+        return Result(message=f"Storage {word} started for {len(ids)} table(s). Job IDs: [{', '.join(ids)}]")
+
+    def _has_work(self, operation: str, entry: CatalogEntry) -> bool:
+        if operation == "flush":
+            return self._store.has_pending(entry.definition.uid)
+        return self._jobs.has_compactable(entry.definition.uid)
+
+    def _maintain_one(self, operation: str, word: str, entry: CatalogEntry) -> str:
+        table_id = entry.definition.table_id
+        if entry.definition.kind is TableKind.STREAM:
+            raise InvalidRequest(f"STORAGE {operation.upper()} does not apply to STREAM table '{table_id}'")
+        if operation == "flush" and not self._has_work(operation, entry):
+            return f"Storage flush skipped for table '{table_id}': no pending writes"
+        try:
+            job_id = self._jobs.create_maintenance(operation, str(table_id))
+        except IdempotencyConflict as conflict:
+            return f"Storage {word} skipped for table '{table_id}': already queued or running ({conflict.job.id})"
+        return f"Storage {word} started for table '{table_id}'. Job ID: {job_id}"
+
