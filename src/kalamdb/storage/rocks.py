@@ -12,13 +12,14 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from rocksdict import AccessType, BlockBasedOptions, Cache, DBRecoveryMode, Options, Rdict, RdictIter, ReadOptions, WriteBatch, WriteOptions  # fmt: skip
-from rocksdict import Snapshot as RocksSnapshot
+from rocksdict import AccessType, BlockBasedOptions, Cache, DBRecoveryMode, Options, Rdict, RdictIter, WriteBatch, WriteOptions  # fmt: skip
 
 from kalamdb.errors import Closed, Corrupt, KalamDbError, Unavailable
 from kalamdb.storage import Caps
 from kalamdb.storage.ordered import Range, Write
 
+_FIRST_CHUNK_ROWS = 16
+_CHUNK_ROWS = 1024
 _FILE_NAME = re.compile(r"[^\s'\"]*?(\d{6}\.(?:sst|log)|MANIFEST-\d+|CURRENT|OPTIONS-\d+|IDENTITY)")
 _DAMAGE = ("corruption", "checksum mismatch", "bad magic", "truncated", "not an sstable", "no such file", "does not exist")
 
@@ -36,55 +37,68 @@ def translate(exc: Exception, path: Path) -> KalamDbError:
 
 
 class _Reading:
-    """Reads through an iterator source, with damage reported."""
+    """A consistent view: one iterator, which sees the store as it was when it was made.
 
-    def __init__(self, kv: RocksKv, source: Rdict | RocksSnapshot) -> None:
-        self._kv = kv
-        self._source: Rdict | RocksSnapshot | None = source
+    rocksdict's Snapshot is not used: its iterators read the newest state. The iterator is shared by all
+    scans of the view, so each takes its entries in chunks and seeks again.
+    """
 
-    def _iterator(self, end: bytes) -> RdictIter:
-        source = self._source
-        if source is None:
-            raise Closed("the database is closed; open it again")
-        options = ReadOptions()
-        options.set_verify_checksums(True)
-        options.set_iterate_upper_bound(end)
-        return source.iter(options)
+    def __init__(self, path: Path, database: Rdict) -> None:
+        self._path = path
+        self._iterator: RdictIter | None = database.iter()
+        self._lock = threading.Lock()
 
     def scan(self, start: bytes, end: bytes, *, reverse: bool = False) -> Iterator[tuple[bytes, bytes]]:
-        try:
-            iterator = self._iterator(end)
+        rows = _FIRST_CHUNK_ROWS
+        while True:
+            chunk = self._chunk(start, end, rows, reverse)
+            yield from chunk
+            if len(chunk) < rows:
+                return
             if reverse:
-                iterator.seek_for_prev(end)
-                if iterator.valid() and iterator.key() >= end:
-                    iterator.prev()
+                end = chunk[-1][0]
             else:
-                iterator.seek(start)
-            step = iterator.prev if reverse else iterator.next
-            while iterator.valid():
-                key = iterator.key()
-                if key < start:
-                    break
-                yield key, iterator.value()
-                if self._source is None:
-                    raise Closed("the database was closed during a scan; open it again")
-                step()
-            iterator.status()
-        except KalamDbError:
-            raise
-        except Exception as exc:  # noqa: BLE001 - rocksdict raises bare Exception
-            raise translate(exc, self._kv.path) from exc
+                start = chunk[-1][0] + b"\x00"
+            rows = _CHUNK_ROWS
+
+    def _chunk(self, start: bytes, end: bytes, rows: int, reverse: bool) -> list[tuple[bytes, bytes]]:
+        found: list[tuple[bytes, bytes]] = []
+        with self._lock:
+            iterator = self._iterator
+            if iterator is None:
+                raise Closed("the database is closed; open it again")
+            try:
+                if reverse:
+                    iterator.seek_for_prev(end)
+                    if iterator.valid() and iterator.key() >= end:
+                        iterator.prev()
+                else:
+                    iterator.seek(start)
+                while iterator.valid() and len(found) < rows:
+                    key = iterator.key()
+                    if not start <= key < end:
+                        break
+                    found.append((key, iterator.value()))
+                    if reverse:
+                        iterator.prev()
+                    else:
+                        iterator.next()
+                iterator.status()
+            except Exception as exc:
+                raise translate(exc, self._path) from exc
+        return found
 
     def get(self, key: bytes) -> bytes | None:
-        found = next(iter(self.scan(key, key + b"\x00")), None)
-        return None if found is None else found[1]
+        found = self._chunk(key, key + b"\x00", 1, False)
+        return found[0][1] if found else None
 
     def get_many(self, wanted: Sequence[bytes]) -> list[bytes | None]:
         return [self.get(key) for key in wanted]
 
     def close(self) -> None:
-        """Release the snapshot."""
-        self._source = None
+        """Release the view."""
+        with self._lock:
+            self._iterator = None
 
 
 class RocksKv:
@@ -113,7 +127,6 @@ class RocksKv:
             raise translate(exc, path) from exc
         self._write_options = WriteOptions()
         self._write_options.sync = False
-        self._latest = _Reading(self, self._db)
         self._snapshots: weakref.WeakSet[_Reading] = weakref.WeakSet()
         self._closing = threading.Lock()
         self._closed = False
@@ -135,7 +148,7 @@ class RocksKv:
         return found
 
     def scan(self, start: bytes, end: bytes, *, reverse: bool = False) -> Iterator[tuple[bytes, bytes]]:
-        return self._latest.scan(start, end, reverse=reverse)
+        return self.snapshot().scan(start, end, reverse=reverse)
 
     def write(self, writes: Sequence[Write], ranges: Sequence[Range] = ()) -> None:
         try:
@@ -153,7 +166,7 @@ class RocksKv:
 
     def snapshot(self) -> _Reading:
         try:
-            reading = _Reading(self, self._db.snapshot())
+            reading = _Reading(self.path, self._db)
         except Exception as exc:  # noqa: BLE001 - rocksdict raises bare Exception
             raise translate(exc, self.path) from exc
         self._snapshots.add(reading)
@@ -180,7 +193,6 @@ class RocksKv:
             self._closed = True
         for reading in list(self._snapshots):
             reading.close()
-        self._latest.close()
         try:
             self._db.close()
         except Exception as exc:  # noqa: BLE001 - rocksdict raises bare Exception

@@ -169,9 +169,9 @@ def _publish_checked(
             batch = Batch(jobs=list(jobs), names_files=True)
             for (draft, names, record), watch, state in zip(written, watches, states, strict=True):
                 batch.quiet.append((draft.entry.definition.uid, max(base, _check_watch(store, draft, watch))))
-                for scope in draft.scopes:
-                    batch.hints.add((draft.entry.definition.uid, scope))
-                    batch.records += [op for op in store.preconditions(draft.entry, scope) if op not in batch.records]
+                checks = {op.key: op for scope in draft.scopes for op in store.preconditions(draft.entry, scope)}
+                batch.hints.update((draft.entry.definition.uid, scope) for scope in draft.scopes)
+                batch.records += checks.values()
                 batch.records += publish(store, draft.entry, [record], names, manifest=state.manifest_version)
                 batch.reserve = max(batch.reserve, record.rows)
             try:

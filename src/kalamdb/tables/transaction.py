@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from kalamdb.catalog import CatalogEntry
 from kalamdb.errors import Closed, InvalidRequest, LimitExceeded, TransactionConflict
-from kalamdb.storage import ABSENT, Batch, Commit, ExpectationFailed, JobFence, JobInsert, JobMove, RowOp
+from kalamdb.storage import ABSENT, Batch, Commit, ExpectationFailed, JobFence, JobInsert, JobMove, RecordOp, RowOp
 from kalamdb.tables.bulk import SegmentDraft, commit_drafts
 from kalamdb.tables.layout import KEY, SEQ, Layout, Row
 from kalamdb.tables.store import Moment, TableStore, Version
@@ -71,14 +71,14 @@ def commit_groups(
         drafts = [_draft(store, group) for group in groups if group.changes]
         return commit_drafts(store, drafts, jobs=jobs)
     batch = Batch(jobs=list(jobs))
+    checks: dict[bytes, RecordOp] = {}
     for group in groups:
         layout = store.layout(group.entry.definition)
         uid = group.entry.definition.uid
         batch.manifests[uid] = min(batch.manifests.get(uid, group.manifest_version), group.manifest_version)
         batch.hints.add((uid, group.scope))
         for check in store.preconditions(group.entry, group.scope):
-            if check not in batch.records:
-                batch.records.append(check)
+            checks[check.key] = check
         batch.rows += [
             RowOp(
                 uid,
@@ -89,6 +89,7 @@ def commit_groups(
             )
             for change in group.changes
         ]
+    batch.records = list(checks.values())
     return _commit_rechecked(store, groups, batch)
 
 
