@@ -62,7 +62,9 @@ def load_flights(db: kalamdb.Database) -> int:
     if not pa.types.is_timestamp(when.type):
         when = pc.strptime(when, "%Y-%m-%dT%H:%M:%SZ", "us")
     names = ["carrier", "flight", "origin", "dest", "dep_delay", "arr_delay", "air_time", "distance"]
-    data = flights.select(names).append_column("time_hour", when.cast(pa.timestamp("us"))).append_column("airplane", owner)
+    data = (
+        flights.select(names).append_column("time_hour", when.cast(pa.timestamp("us"))).append_column("airplane", owner)
+    )
     batch = db.context.settings["limits.batch_rows_max"]
     columns = (TextColumn("  loading flights"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
@@ -88,8 +90,14 @@ def create(db: kalamdb.Database) -> None:
         time_hour TIMESTAMP, carrier TEXT, flight INT, origin TEXT, dest TEXT, dep_delay INT, arr_delay INT,
         air_time INT, distance INT, PRIMARY KEY (time_hour, carrier, flight))""")
     db.execute("CREATE SHARED TABLE demo.carriers (carrier TEXT PRIMARY KEY, name TEXT) WITH (ACCESS_LEVEL='public')")
-    db.execute("CREATE SHARED TABLE demo.airports (faa TEXT PRIMARY KEY, name TEXT, lat DOUBLE, lon DOUBLE, alt INT) WITH (ACCESS_LEVEL='public')")
-    db.execute("CREATE SHARED TABLE demo.planes (tailnum TEXT PRIMARY KEY, year INT, manufacturer TEXT, model TEXT, seats INT) WITH (ACCESS_LEVEL='public')")
+    db.execute(
+        "CREATE SHARED TABLE demo.airports (faa TEXT PRIMARY KEY, name TEXT, lat DOUBLE, lon "
+        "DOUBLE, alt INT) WITH (ACCESS_LEVEL='public')"
+    )
+    db.execute(
+        "CREATE SHARED TABLE demo.planes (tailnum TEXT PRIMARY KEY, year INT, manufacturer "
+        "TEXT, model TEXT, seats INT) WITH (ACCESS_LEVEL='public')"
+    )
     db.execute("CREATE STREAM TABLE demo.positions (plane TEXT, lat DOUBLE, lon DOUBLE) WITH (TTL_SECONDS = 60)")
 
 
@@ -99,7 +107,8 @@ def tour(db: kalamdb.Database, plane: str) -> None:
         step.note = f"{db.execute('SELECT count(*) FROM demo.flights', user=plane).scalar()} rows"
     with Step("its routes, joined with airports") as step:
         top = db.execute(
-            "SELECT a.name, count(*) AS n, round(avg(f.arr_delay), 1) FROM demo.flights f JOIN demo.airports a ON a.faa = f.dest "
+            "SELECT a.name, count(*) AS n, round(avg(f.arr_delay), 1) FROM demo.flights f "
+            "JOIN demo.airports a ON a.faa = f.dest "
             "GROUP BY a.name ORDER BY n DESC, a.name LIMIT 1",
             user=plane,
         ).rows
@@ -144,13 +153,16 @@ def main() -> None:
         with Step("10 new flights, one update of a cold row") as step:
             for number in range(10):
                 db.execute(
-                    "INSERT INTO demo.flights (time_hour, carrier, flight, origin, dest) VALUES (NOW(), 'ZZ', $1, 'JFK', 'BOS')",
+                    "INSERT INTO demo.flights (time_hour, carrier, flight, origin, dest) "
+                    "VALUES (NOW(), 'ZZ', $1, 'JFK', 'BOS')",
                     [number], user=plane,
                 )  # fmt: skip
             db.execute("UPDATE demo.flights SET air_time = air_time + 1 WHERE distance > 0", user=plane)
         tour(db, plane)
         with Step("ALTER TABLE: a column without rewriting") as step:
-            step.note = db.execute("ALTER TABLE demo.flights ADD COLUMN note TEXT NOT NULL DEFAULT 'none'").message or ""
+            step.note = (
+                db.execute("ALTER TABLE demo.flights ADD COLUMN note TEXT NOT NULL DEFAULT 'none'").message or ""
+            )
         with Step("positions of the last minute (stream)") as step:
             db.execute("INSERT INTO demo.positions VALUES ('A', 40.6, -73.8), ('B', 42.4, -71.0)", user=plane)
             step.note = f"{db.execute('SELECT count(*) FROM demo.positions', user=plane).scalar()} rows, kept 60 s"
@@ -171,7 +183,10 @@ def main() -> None:
         show_jobs(db)
     files = sorted(DIRECTORY.rglob("*.parquet"))
     size = sum(path.stat().st_size for path in files)
-    console.print(f"\n{len(files)} Parquet file(s), {size / 1e6:.1f} MB; all in {time.perf_counter() - began:.1f} s. Look into it:")
+    console.print(
+        f"\n{len(files)} Parquet file(s), {size / 1e6:.1f} MB; all in "
+        f"{time.perf_counter() - began:.1f} s. Look into it:"
+    )
     console.print(
         "  .venv/bin/python -c \"import kalamdb; db = kalamdb.connect('demo-data'); "
         f"print(db.execute('SELECT * FROM demo.flights LIMIT 5', user='{plane}').rows)\"",

@@ -46,7 +46,11 @@ def test_updates_of_one_key_between_flushes_leave_one_row_with_the_last_value(op
     db = open_db()
     make(db)
     for number in range(4):
-        db.execute("INSERT INTO app.t VALUES (1, $1) ON CONFLICT (id) DO UPDATE SET v = excluded.v", [f"v{number}"], user="alice")
+        db.execute(
+            "INSERT INTO app.t VALUES (1, $1) ON CONFLICT (id) DO UPDATE SET v = excluded.v",
+            [f"v{number}"],
+            user="alice",
+        )
         run_job(db, "STORAGE FLUSH TABLE app.t")
     assert rows(db, "SELECT * FROM app.t") == [(1, "v3")]
     run_job(db, "STORAGE COMPACT TABLE app.t")
@@ -110,7 +114,8 @@ def test_every_type_comes_back_as_its_python_type_from_both_tiers(open_db: Open)
     db = open_db()
     db.execute("CREATE NAMESPACE app")
     db.execute(
-        "CREATE SHARED TABLE app.t (id INT PRIMARY KEY, b BOOLEAN, s SMALLINT, f DOUBLE, d DECIMAL(10,2), x BYTES, j JSON, "
+        "CREATE SHARED TABLE app.t (id INT PRIMARY KEY, b BOOLEAN, s SMALLINT, f DOUBLE, d "
+        "DECIMAL(10,2), x BYTES, j JSON, "
         "ts TIMESTAMP, dtm DATETIME, da DATE, ti TIME, u UUID, e EMBEDDING(2))"
     )
     key = uuid.uuid5(uuid.NAMESPACE_DNS, "kalamdb")
@@ -242,7 +247,10 @@ def test_everything_acknowledged_is_there_after_reopening(tmp_path: Path) -> Non
 
 
 def test_a_second_opener_learns_who_holds_the_directory(tmp_path: Path) -> None:
-    with kalamdb.connect(tmp_path / "data"), pytest.raises(kalamdb.DirectoryLocked, match="is held by this process") as refused:
+    with (
+        kalamdb.connect(tmp_path / "data"),
+        pytest.raises(kalamdb.DirectoryLocked, match="is held by this process") as refused,
+    ):
         kalamdb.connect(tmp_path / "data")
     assert refused.value.pid is not None
     kalamdb.connect(tmp_path / "data").close()

@@ -89,7 +89,8 @@ class AppContext:
             self.schedulers = Schedulers(
                 self.maintenance, self._job_manager, self.clock,
                 flush_enabled=settings["flush.scheduler_enabled"], compaction_enabled=settings["compaction.enabled"],
-                rows_default=settings["flush.default_row_limit"], interval_default_s=settings["flush.default_time_interval"],
+                rows_default=settings["flush.default_row_limit"],
+                interval_default_s=settings["flush.default_time_interval"],
                 check_interval_s=settings["flush.check_interval_seconds"],
             )  # fmt: skip
             self.store.pressure = self.schedulers.press
@@ -147,7 +148,11 @@ class AppContext:
         if path is not None:
             folder = Path(s["logging.logs_path"]) if s["logging.logs_path"] else path / "logs"
             log = JobLogFile(
-                self.backend, folder / "jobs.log", self.clock, bytes_max=job_settings.log_bytes_max, files_max=job_settings.log_files_max
+                self.backend,
+                folder / "jobs.log",
+                self.clock,
+                bytes_max=job_settings.log_bytes_max,
+                files_max=job_settings.log_files_max,
             )
         return UnifiedJobManager(
             self.backend, self.job_registry, self.clock, job_settings, log=log, resolve_table=self.maintenance.resolve
@@ -180,7 +185,9 @@ class AppContext:
                     segments=[segment_json(segment) for segment in state.segments],
                     sync_state="pending_write" if self.store.has_pending(definition.uid) else "in_sync",
                     version=state.manifest_version,
-                    refreshed_at=max((segment.record.created_at for segment in state.segments), default=definition.created_at),
+                    refreshed_at=max(
+                        (segment.record.created_at for segment in state.segments), default=definition.created_at
+                    ),
                     accessed_at=self.clock.now_ms(),
                 )
             )

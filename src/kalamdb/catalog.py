@@ -176,7 +176,9 @@ MakeCleanup = Callable[[TableDef], JobInsert]
 def check_name(kind: str, name: str) -> None:
     """Raise InvalidRequest unless `name` may name a namespace, table or column."""
     if not name or len(name) > NAME_LENGTH_MAX:
-        raise InvalidRequest(f"{kind} name '{name[:80]}' has {len(name)} characters, 1 to {NAME_LENGTH_MAX} are allowed")
+        raise InvalidRequest(
+            f"{kind} name '{name[:80]}' has {len(name)} characters, 1 to {NAME_LENGTH_MAX} are allowed"
+        )
     if not _NAME.match(name):
         raise InvalidRequest(
             f"{kind} name '{name}' must begin with a letter and hold only letters, digits and underscores"
@@ -335,14 +337,23 @@ class Catalog:
                 raise InvalidRequest(f"tables cannot be created in namespace '{spec.namespace}'")
             if spec.namespace not in self._namespaces:
                 raise NotFound(
-                    f"Namespace '{spec.namespace}' does not exist. Create it first with CREATE NAMESPACE {spec.namespace}"
+                    f"Namespace '{spec.namespace}' does not exist. Create it first with "
+                    f"CREATE NAMESPACE {spec.namespace}"
                 )
             if self.table(table_id) is not None or table_id in self._views:
                 raise Conflict(f"Table '{table_id}' already exists")
             return Batch(
                 records=[
-                    RecordOp(record_key(RecordKind.TABLE_NAME, spec.namespace, spec.name), _encode(definition.uid), ABSENT),
-                    RecordOp(record_key(RecordKind.NAMESPACE, spec.namespace), expect=self._namespaces[spec.namespace][1], check=True),
+                    RecordOp(
+                        record_key(RecordKind.TABLE_NAME, spec.namespace, spec.name),
+                        _encode(definition.uid),
+                        ABSENT,
+                    ),
+                    RecordOp(
+                        record_key(RecordKind.NAMESPACE, spec.namespace),
+                        expect=self._namespaces[spec.namespace][1],
+                        check=True,
+                    ),
                     *self._stage_version(definition, ABSENT),
                 ]
             )  # fmt: skip
@@ -393,7 +404,9 @@ class Catalog:
             batch.records = [op for op in batch.records if op.key != name_key]
             batch.records.append(RecordOp(name_key, _encode(uid)))
             fresh = msgspec.structs.replace(
-                entry.definition, uid=uid, columns=tuple(_without_history(column) for column in entry.definition.columns)
+                entry.definition,
+                uid=uid,
+                columns=tuple(_without_history(column) for column in entry.definition.columns),
             )
             batch.records += self._stage_version(fresh, ABSENT)
             return batch
@@ -426,7 +439,9 @@ class Catalog:
     def _define(self, spec: TableSpec) -> TableDef:
         check_name("table", spec.name)
         if len(spec.columns) > COLUMNS_MAX:
-            raise LimitExceeded(f"table '{spec.name}' has {len(spec.columns)} columns, at most {COLUMNS_MAX} are allowed")
+            raise LimitExceeded(
+                f"table '{spec.name}' has {len(spec.columns)} columns, at most {COLUMNS_MAX} are allowed"
+            )
         if not spec.columns:
             raise InvalidRequest(f"table '{spec.name}' has no column; name at least one")
         names = _key_names(spec)
@@ -480,7 +495,9 @@ class Catalog:
             known = self._views.get(view_id)
             if known is None:
                 raise NotFound(f"View '{view_id}' does not exist")
-            return Batch(records=[RecordOp(record_key(RecordKind.VIEW, view_id.namespace, view_id.name), None, known[1])])
+            return Batch(
+                records=[RecordOp(record_key(RecordKind.VIEW, view_id.namespace, view_id.name), None, known[1])]
+            )
 
         self._repeat(change)
 
@@ -561,7 +578,9 @@ def _check_column(name: str, known: set[str]) -> None:
         raise InvalidRequest(f"column '{name}' stands twice")
 
 
-def _column(spec: ColumnSpec, column_id: int, ordinal: int, *, nullable: bool, version: int = 1, fill: Any = None) -> ColumnDef:
+def _column(
+    spec: ColumnSpec, column_id: int, ordinal: int, *, nullable: bool, version: int = 1, fill: Any = None
+) -> ColumnDef:
     return ColumnDef(
         id=column_id,
         name=spec.name,
@@ -585,7 +604,8 @@ def _key_names(spec: TableSpec) -> tuple[str, ...]:
         raise InvalidRequest(f"table '{spec.name}' states PRIMARY KEY twice")
     if len(inline) > 1:
         raise InvalidRequest(
-            f"table '{spec.name}' marks {len(inline)} columns as PRIMARY KEY; write PRIMARY KEY ({', '.join(inline)}) instead"
+            f"table '{spec.name}' marks {len(inline)} columns as PRIMARY KEY; write PRIMARY "
+            f"KEY ({', '.join(inline)}) instead"
         )
     names = spec.primary_key or inline
     known = {column.name for column in spec.columns}
@@ -631,7 +651,10 @@ def _unchanged(definition: TableDef) -> str:
 
 def _set_access(definition: TableDef, change: SetAccessLevel, now_ms: int) -> tuple[TableDef, str]:
     if definition.kind is not TableKind.SHARED:
-        raise InvalidRequest(f"table '{definition.table_id}' is a {definition.kind.upper()} table; only SHARED tables have an access level")
+        raise InvalidRequest(
+            f"table '{definition.table_id}' is a {definition.kind.upper()} table; only SHARED "
+            "tables have an access level"
+        )
     if definition.options.access_level is change.level:
         return definition, _unchanged(definition)
     options = msgspec.structs.replace(definition.options, access_level=change.level)
@@ -687,7 +710,9 @@ def _drop_column(definition: TableDef, change: DropColumn) -> tuple[tuple[Column
         raise InvalidRequest(f"column '{change.name}' is part of the PRIMARY KEY and cannot be dropped")
     _refuse_checked(definition, change.name, "dropped")
     if len(definition.columns) == 1:
-        raise InvalidRequest(f"column '{change.name}' is the last one of '{definition.table_id}'; drop the table instead")
+        raise InvalidRequest(
+            f"column '{change.name}' is the last one of '{definition.table_id}'; drop the table instead"
+        )
     return tuple(one for one in definition.columns if one.id != column.id), f"dropped column {change.name}"
 
 
@@ -730,9 +755,7 @@ def _check_widening(definition: TableDef, column: ColumnDef, wanted: DataType) -
     """Only changes that every stored value survives unchanged, so that no row is rewritten."""
     old = column.type
     widens = wanted.name in _WIDENS.get(old.name, frozenset()) or (
-        old.name is wanted.name is TypeName.DECIMAL
-        and wanted.scale == old.scale
-        and wanted.precision >= old.precision
+        old.name is wanted.name is TypeName.DECIMAL and wanted.scale == old.scale and wanted.precision >= old.precision
     )
     keeps_key = column.id not in definition.primary_key or (
         {old.name, wanted.name} <= {TypeName.SMALLINT, TypeName.INT, TypeName.BIGINT, TypeName.UUID, TypeName.TEXT}
@@ -744,5 +767,3 @@ def _check_widening(definition: TableDef, column: ColumnDef, wanted: DataType) -
             "(SMALLINT to INT to BIGINT, integers to DOUBLE outside the key, FLOAT to DOUBLE, DECIMAL to more digits, "
             "JSON or UUID to TEXT)"
         )
-
-

@@ -37,7 +37,12 @@ class Setting:
 
 _S = Setting
 SETTINGS: Final[tuple[Setting, ...]] = (
-    _S("storage.durability", "commit", "'commit' waits for the disk at each commit, 'os' survives kill -9 only", choices=("commit", "os")),
+    _S(
+        "storage.durability",
+        "commit",
+        "'commit' waits for the disk at each commit, 'os' survives kill -9 only",
+        choices=("commit", "os"),
+    ),
     _S("storage.rocksdb.block_cache_size", 32 << 20, "bytes of RocksDB's block cache", 1 << 20),
     _S("storage.rocksdb.write_buffer_size", 64 << 20, "bytes of RocksDB's write buffer", 1 << 20),
     _S("storage.rocksdb.max_open_files", 512, "files that RocksDB keeps open", 16),
@@ -108,7 +113,9 @@ class Settings(Mapping[str, Any]):
                 key = name if name in _BY_KEY else _BY_ARGUMENT.get(name)
                 if key is None:
                     near = difflib.get_close_matches(name, [*_BY_KEY, *_BY_ARGUMENT], 1)
-                    problems.append(f"{where}: unknown setting '{name}'" + (f"; did you mean '{near[0]}'?" if near else ""))
+                    problems.append(
+                        f"{where}: unknown setting '{name}'" + (f"; did you mean '{near[0]}'?" if near else "")
+                    )
                     continue
                 try:
                     values[key] = _checked(_BY_KEY[key], value)

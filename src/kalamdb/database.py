@@ -154,7 +154,13 @@ class Database:
         return self._insert(table, data, caller, user_column, on_conflict, None)
 
     def _insert(
-        self, table: str, data: Any, caller: Caller, user_column: str | None, on_conflict: str, transaction: TableTransaction | None
+        self,
+        table: str,
+        data: Any,
+        caller: Caller,
+        user_column: str | None,
+        on_conflict: str,
+        transaction: TableTransaction | None,
     ) -> int:
         table_id = TableId.parse(table) if "." in table else TableId(caller.namespace, table)
         entry = self._context.catalog.require(table_id)
@@ -180,7 +186,9 @@ class Database:
             rows = rows.drop_columns([user_column])
         return self._context.rows.insert_table(entry, rows, scopes, caller, conflict, transaction)
 
-    def session(self, *, user: str | None = None, role: str | Role | None = None, namespace: str | None = None) -> BoundSession:
+    def session(
+        self, *, user: str | None = None, role: str | Role | None = None, namespace: str | None = None
+    ) -> BoundSession:
         """The same calls, bound to a user, role and namespace."""
         return BoundSession(self, {"user": user, "role": role, "namespace": namespace})
 
@@ -327,7 +335,10 @@ def _column(values: list[Any], name: str) -> pa.Array:
     except (pa.ArrowException, TypeError, OverflowError, ValueError):
         pass
     try:
-        return pa.array([None if v is None else v if isinstance(v, str) else sql_literal(v).strip("()'") for v in plain], pa.string())
+        return pa.array(
+            [None if v is None else v if isinstance(v, str) else sql_literal(v).strip("()'") for v in plain],
+            pa.string(),
+        )
     except (pa.ArrowException, InvalidRequest) as exc:
         raise InvalidRequest(f"column '{name}' holds values of types that do not go together: {exc}") from None
 
@@ -358,7 +369,9 @@ def check(context: AppContext) -> CheckReport:
             except Corrupt as exc:
                 problems.append(str(exc))
         folder = context.store.root / entry.definition.namespace / entry.definition.name / str(uid)
-        strays += sum(1 for path in context.store.files.names(folder) if path.suffix == ".parquet" and path.name not in named)
+        strays += sum(
+            1 for path in context.store.files.names(folder) if path.suffix == ".parquet" and path.name not in named
+        )
         with context.backend.snapshot() as snapshot:
             for chunk in snapshot.hot(uid):
                 for row in chunk:

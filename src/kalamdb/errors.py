@@ -1,21 +1,21 @@
 """The error tree. The class says what the caller should do, the message what happened.
 
-    KalamDbError
-    ├── InvalidRequest          the request itself is wrong; repeating it cannot help
-    ├── NotFound                a named object does not exist
-    ├── Conflict                the request collides with what is stored
-    │   ├── UniqueViolation     a primary key exists already
-    │   ├── TransactionConflict another writer came first; run the transaction again
-    │   └── IdempotencyConflict an active job has the key; `.job` is that job
-    ├── Denied                  the caller may not do this
-    ├── LimitExceeded           a named limit was hit
-    ├── Timeout                 a deadline passed
-    ├── Unavailable             the database cannot do this now; later it may
-    │   └── DirectoryLocked     another process holds the directory; `.pid` is that process
-    ├── Closed                  the object was closed
-    ├── LeaseLost               the job no longer holds its lease
-    ├── Corrupt                 stored bytes are damaged; the message names the file
-    └── Internal                our own mistake
+KalamDbError
+├── InvalidRequest          the request itself is wrong; repeating it cannot help
+├── NotFound                a named object does not exist
+├── Conflict                the request collides with what is stored
+│   ├── UniqueViolation     a primary key exists already
+│   ├── TransactionConflict another writer came first; run the transaction again
+│   └── IdempotencyConflict an active job has the key; `.job` is that job
+├── Denied                  the caller may not do this
+├── LimitExceeded           a named limit was hit
+├── Timeout                 a deadline passed
+├── Unavailable             the database cannot do this now; later it may
+│   └── DirectoryLocked     another process holds the directory; `.pid` is that process
+├── Closed                  the object was closed
+├── LeaseLost               the job no longer holds its lease
+├── Corrupt                 stored bytes are damaged; the message names the file
+└── Internal                our own mistake
 """
 
 from __future__ import annotations

@@ -36,7 +36,9 @@ class JobServices(Protocol):
         """Bulk insert under the lease."""
         ...
 
-    def transaction(self, *, user: str | None, operations: Callable[[], list[JobFence | JobMove]]) -> AbstractContextManager[Any]:
+    def transaction(
+        self, *, user: str | None, operations: Callable[[], list[JobFence | JobMove]]
+    ) -> AbstractContextManager[Any]:
         """A transaction whose commit carries `operations()`."""
         ...
 
@@ -115,7 +117,9 @@ class JobContext(Generic[Params]):
 
     def _require_lease(self) -> None:
         if self._revoked:
-            raise LeaseLost(f"job '{self._row.job_id}' does not hold lease {self.lease_id} any more; nothing was written")
+            raise LeaseLost(
+                f"job '{self._row.job_id}' does not hold lease {self.lease_id} any more; nothing was written"
+            )
 
     def progress(self, done: int, total: int | None = None, unit: str = "", text: str = "") -> None:
         """Say how far the work is; never goes backwards. Stored at most four times a second."""
@@ -190,7 +194,9 @@ class JobContext(Generic[Params]):
             raise LeaseLost("this job manager has no database")
         return self.services
 
-    def execute(self, sql: str, params: Sequence[Any] | Mapping[str, Any] | None = None, *, user: str | None = None) -> Any:
+    def execute(
+        self, sql: str, params: Sequence[Any] | Mapping[str, Any] | None = None, *, user: str | None = None
+    ) -> Any:
         """Run SQL; its writes hold only while the lease does."""
         return self._services().execute(sql, params, user=user, fence=self.fence())
 

@@ -125,10 +125,14 @@ class UnifiedJobManager:
         """The operation that accepts a job, for a batch of the caller."""
         executor = self.registry.get(request.job_type)
         if executor is None and not request.allow_unknown:
-            raise NotFound(f"there is no executor for job type '{request.job_type}'; register one or pass allow_unknown=True")
+            raise NotFound(
+                f"there is no executor for job type '{request.job_type}'; register one or pass allow_unknown=True"
+            )
         waiting = self._backend.jobs.count(JobStatus.NEW) + self._backend.jobs.count(JobStatus.QUEUED)
         if waiting >= self._settings.queued_max:
-            raise LimitExceeded(f"{waiting} jobs wait already, at most {self._settings.queued_max} are allowed (jobs.queued_max)")
+            raise LimitExceeded(
+                f"{waiting} jobs wait already, at most {self._settings.queued_max} are allowed (jobs.queued_max)"
+            )
         parameters = self._parameters(request, executor)
         decoded = executor.decode(parameters) if executor is not None else None
         table_uid = parameters.get("table_uid")
@@ -139,7 +143,13 @@ class UnifiedJobManager:
             key = executor.idempotency_key(decoded, table_uid)
         now_ms = self._clock.now_ms()
         policy = executor.retry if executor is not None else None
-        retries = request.max_retries if request.max_retries is not None else executor.max_retries if executor is not None else None
+        retries = (
+            request.max_retries
+            if request.max_retries is not None
+            else executor.max_retries
+            if executor is not None
+            else None
+        )
         if retries is None:
             retries = self._settings.max_retries
         if retries < 0:
@@ -158,7 +168,11 @@ class UnifiedJobManager:
             created_at=now_ms,
             updated_at=now_ms,
             run_at=_milliseconds(request.run_at),
-            timeout_s=request.timeout_s if request.timeout_s is not None else executor.timeout_s if executor is not None else None,
+            timeout_s=request.timeout_s
+            if request.timeout_s is not None
+            else executor.timeout_s
+            if executor is not None
+            else None,
             on_interrupt=executor.on_interrupt if executor is not None else OnInterrupt.RETRY,
             retry=policy or RetryPolicy(base_ms=self._settings.retry_backoff_ms),
         )
@@ -170,7 +184,9 @@ class UnifiedJobManager:
         if isinstance(raw, (list, tuple)):
             raw = {f"arg{at}": value for at, value in enumerate(raw)}
         if not isinstance(raw, dict):
-            raise InvalidRequest(f"parameters of a '{request.job_type}' job must be an object, got {type(raw).__name__}")
+            raise InvalidRequest(
+                f"parameters of a '{request.job_type}' job must be an object, got {type(raw).__name__}"
+            )
         try:
             size = len(msgspec.json.encode(raw))
         except (TypeError, ValueError) as exc:

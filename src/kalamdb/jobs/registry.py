@@ -96,7 +96,9 @@ class _FunctionExecutor(JobExecutor[Any]):
         try:
             return self._concurrency_key.format(**values)
         except (KeyError, IndexError) as exc:
-            raise InvalidRequest(f"concurrency_key '{self._concurrency_key}' names the parameter {exc}, which the job lacks") from None
+            raise InvalidRequest(
+                f"concurrency_key '{self._concurrency_key}' names the parameter {exc}, which the job lacks"
+            ) from None
 
 
 def executor_of(
@@ -156,7 +158,9 @@ class JobRegistry:
         """Add an executor. Raises InvalidRequest for a bad or taken type or prefix."""
         job_type, prefix = executor.job_type, executor.prefix
         if not _TYPE.match(job_type):
-            raise InvalidRequest(f"job type '{job_type}' must be lower-case letters, digits and underscores, 64 at most")
+            raise InvalidRequest(
+                f"job type '{job_type}' must be lower-case letters, digits and underscores, 64 at most"
+            )
         if not _PREFIX.match(prefix):
             raise InvalidRequest(f"prefix '{prefix}' of job type '{job_type}' must be two capital letters")
         with self._lock:

@@ -15,7 +15,17 @@ import msgspec
 from kalamdb.clock import Clock
 from kalamdb.errors import KalamDbError, LeaseLost
 from kalamdb.jobs.context import JobContext, completed
-from kalamdb.jobs.model import Completed, InterruptReason, Job, JobInterrupted, Outcome, Permanent, Retry, Skipped, Snooze
+from kalamdb.jobs.model import (
+    Completed,
+    InterruptReason,
+    Job,
+    JobInterrupted,
+    Outcome,
+    Permanent,
+    Retry,
+    Skipped,
+    Snooze,
+)
 from kalamdb.jobs.registry import JobRegistry
 from kalamdb.jobs.settings import JobSettings
 from kalamdb.storage import Batch, Fenced, StorageBackend
@@ -94,9 +104,14 @@ class Runner:
             deaths = row.process_deaths + 1
             row = msgspec.structs.replace(row, process_deaths=deaths)
             if row.cancel_requested:
-                self._finish(row, row.lease_id, JobStatus.CANCELLED, row.message, None, (("INFO", "Job cancelled by user"),))
+                self._finish(
+                    row, row.lease_id, JobStatus.CANCELLED, row.message, None, (("INFO", "Job cancelled by user"),)
+                )
             elif deaths >= self._settings.quarantine_after:
-                text = f"quarantined: the process died {deaths} times while the job was running; RETRY JOB '{row.job_id}' runs it again"
+                text = (
+                    f"quarantined: the process died {deaths} times while the job was running; "
+                    f"RETRY JOB '{row.job_id}' runs it again"
+                )
                 self._fail(msgspec.structs.replace(row, hold=Hold.QUARANTINED), row.lease_id, text, None)
             else:
                 self._interrupted(row, row.lease_id)
@@ -132,7 +147,9 @@ class Runner:
             return False
 
         def runnable(row: JobRow) -> bool:
-            if not self._registry.contains(row.job_type) or (row.concurrency_key is not None and row.concurrency_key in keys):
+            if not self._registry.contains(row.job_type) or (
+                row.concurrency_key is not None and row.concurrency_key in keys
+            ):
                 return False
             if row.concurrency_key is not None:
                 keys.add(row.concurrency_key)
@@ -157,7 +174,12 @@ class Runner:
             return
         now_ms = self._clock.now_ms()
         moves = [
-            JobMove(JobStatus.NEW, None, msgspec.structs.replace(row, status=JobStatus.QUEUED, updated_at=now_ms), (("INFO", "Job queued"),))
+            JobMove(
+                JobStatus.NEW,
+                None,
+                msgspec.structs.replace(row, status=JobStatus.QUEUED, updated_at=now_ms),
+                (("INFO", "Job queued"),),
+            )
             for row in known
         ]
         try:
@@ -184,10 +206,14 @@ class Runner:
         attempt = _Attempt(row, context, deadline_s)
         with self._lock:
             self._running[row.job_id] = attempt
-        if inspect.iscoroutinefunction(executor.execute) or inspect.iscoroutinefunction(getattr(executor, "_function", None)):
+        if inspect.iscoroutinefunction(executor.execute) or inspect.iscoroutinefunction(
+            getattr(executor, "_function", None)
+        ):
             asyncio.run_coroutine_threadsafe(self._run_async(attempt, executor.execute(context)), self._event_loop())  # type: ignore[arg-type]
             return
-        thread = threading.Thread(target=self._run_sync, args=(attempt, executor), name=f"kalamdb-{row.job_id}", daemon=True)
+        thread = threading.Thread(
+            target=self._run_sync, args=(attempt, executor), name=f"kalamdb-{row.job_id}", daemon=True
+        )
         thread.start()
 
     def _event_loop(self) -> asyncio.AbstractEventLoop:
@@ -262,7 +288,10 @@ class Runner:
                 text = str(outcome) if isinstance(outcome, KalamDbError) else f"{type(outcome).__name__}: {outcome}"
                 self._retry_or_fail(row, lease, text[: self._settings.message_bytes_max], self._trace(outcome), None)
             case _:
-                text = f"the executor returned {type(outcome).__name__}, expected Completed, Skipped, Retry, Snooze or None"
+                text = (
+                    f"the executor returned {type(outcome).__name__}, expected Completed, "
+                    "Skipped, Retry, Snooze or None"
+                )
                 self._fail(row, lease, text, None)
 
     def _stopped(self, attempt: _Attempt, row: JobRow, lease: int, interrupted: JobInterrupted) -> None:
@@ -271,7 +300,9 @@ class Runner:
                 row = msgspec.structs.replace(row, cancel_requested=True)
                 self._finish(row, lease, JobStatus.CANCELLED, row.message, None, (("INFO", "Job cancelled by user"),))
             case InterruptReason.TIMEOUT:
-                self._retry_or_fail(row, lease, f"the attempt took longer than its time-out of {row.timeout_s:g} s", None, None)
+                self._retry_or_fail(
+                    row, lease, f"the attempt took longer than its time-out of {row.timeout_s:g} s", None, None
+                )
             case _:
                 self._interrupted(row, lease)
 
@@ -279,7 +310,9 @@ class Runner:
         text = "".join(traceback.format_exception(exc)).encode(errors="replace")
         return text[-self._settings.trace_bytes_max :].decode(errors="replace")
 
-    def _retry_or_fail(self, row: JobRow, lease: int | None, error: str, trace: str | None, delay_ms: int | None) -> None:
+    def _retry_or_fail(
+        self, row: JobRow, lease: int | None, error: str, trace: str | None, delay_ms: int | None
+    ) -> None:
         if row.retry_count >= row.max_retries:
             self._fail(row, lease, error, trace)
             return
@@ -302,7 +335,9 @@ class Runner:
         """A crash or a hard stop."""
         match row.on_interrupt:
             case OnInterrupt.REQUEUE:
-                waiting = msgspec.structs.replace(row, status=JobStatus.QUEUED, lease_id=None, updated_at=self._clock.now_ms())
+                waiting = msgspec.structs.replace(
+                    row, status=JobStatus.QUEUED, lease_id=None, updated_at=self._clock.now_ms()
+                )
                 self._commit(row, lease, waiting, (("WARN", f"{RESTARTED}; job queued again"),))
             case OnInterrupt.RETRY:
                 self._retry_or_fail(row, lease, RESTARTED, None, None)
@@ -310,11 +345,23 @@ class Runner:
                 self._fail(row, lease, RESTARTED, None)
 
     def _finish(
-        self, row: JobRow, lease: int | None, status: JobStatus, message: str | None, trace: str | None, events: tuple[tuple[str, str], ...]
+        self,
+        row: JobRow,
+        lease: int | None,
+        status: JobStatus,
+        message: str | None,
+        trace: str | None,
+        events: tuple[tuple[str, str], ...],
     ) -> None:
         now_ms = self._clock.now_ms()
         ended = msgspec.structs.replace(
-            row, status=status, message=message, exception_trace=trace, lease_id=None, finished_at=now_ms, updated_at=now_ms
+            row,
+            status=status,
+            message=message,
+            exception_trace=trace,
+            lease_id=None,
+            finished_at=now_ms,
+            updated_at=now_ms,
         )
         self._commit(row, lease, ended, events)
 
@@ -330,7 +377,9 @@ class Runner:
         with self._lock:
             attempt = self._running.get(row.job_id)
         if attempt is None:
-            self._finish(row, row.lease_id, JobStatus.CANCELLED, row.message, None, (("INFO", "Job cancelled by user"),))
+            self._finish(
+                row, row.lease_id, JobStatus.CANCELLED, row.message, None, (("INFO", "Job cancelled by user"),)
+            )
             return self._manager.get_job(row.job_id)
         attempt.context.interrupt(InterruptReason.CANCEL)
         if not attempt.ended.wait(self._settings.cancel_timeout_s):

@@ -60,7 +60,9 @@ class SystemTables(Protocol):
 class Admin:
     """Runs DDL, SHOW, STORAGE and JOB statements for callers."""
 
-    def __init__(self, store: TableStore, catalog: Catalog, reader: Reader, system: SystemTables, jobs: Jobs, clock: Clock) -> None:
+    def __init__(
+        self, store: TableStore, catalog: Catalog, reader: Reader, system: SystemTables, jobs: Jobs, clock: Clock
+    ) -> None:
         self._store = store
         self._catalog = catalog
         self._reader = reader
@@ -86,11 +88,15 @@ class Admin:
             case st.DropTable():
                 return self._drop_table(statement, caller)
             case st.TruncateTable(table=table):
-                definition, commit = self._catalog.truncate_table(self._reader.resolve(table, caller), self._jobs.cleanup_insert)
+                definition, commit = self._catalog.truncate_table(
+                    self._reader.resolve(table, caller), self._jobs.cleanup_insert
+                )
                 self._jobs.wake()
                 return Result(message=f"Table {definition.table_id} truncated. Cleanup job: {commit.jobs[0]}")
             case st.CreateView(view=view):
-                self._catalog.create_view(self._reader.resolve(view, caller), statement.query, or_replace=statement.or_replace)
+                self._catalog.create_view(
+                    self._reader.resolve(view, caller), statement.query, or_replace=statement.or_replace
+                )
                 return Result(message=f"View {self._reader.resolve(view, caller)} created successfully")
             case st.DropView():
                 return self._drop_view(statement, caller)
@@ -213,7 +219,9 @@ class Admin:
         if entry is None and statement.if_exists:
             return Result(message=f"Table {table_id} does not exist")
         if entry is not None and statement.kind is not None and entry.definition.kind is not statement.kind:
-            raise InvalidRequest(f"table '{table_id}' is a {entry.definition.kind.upper()} table, not a {statement.kind.upper()} table")
+            raise InvalidRequest(
+                f"table '{table_id}' is a {entry.definition.kind.upper()} table, not a {statement.kind.upper()} table"
+            )
         definition, commit = self._catalog.drop_table(table_id, self._jobs.cleanup_insert)
         self._jobs.wake()
         return Result(message=f"Table {definition.table_id} dropped successfully. Cleanup job: {commit.jobs[0]}")
@@ -248,7 +256,10 @@ class Admin:
                 assert statement.table is not None
                 return self._stats(self._reader.entry(statement.table, caller))
             case st.ShowKind.JOB:
-                query = Query(f"SELECT * FROM system.jobs WHERE job_id = '{(statement.job_id or '').replace(chr(39), chr(39) * 2)}'")
+                query = Query(
+                    "SELECT * FROM system.jobs WHERE job_id = "
+                    f"'{(statement.job_id or '').replace(chr(39), chr(39) * 2)}'"
+                )
                 self._reader.add_system(query, TableId("system", "jobs"), caller)
                 found = self._reader.run(query, caller).table(1 << 30)
                 if not found.num_rows:
@@ -313,4 +324,3 @@ class Admin:
         except IdempotencyConflict as conflict:
             return f"Storage {word} skipped for table '{table_id}': already queued or running ({conflict.job.id})"
         return f"Storage {word} started for table '{table_id}'. Job ID: {job_id}"
-

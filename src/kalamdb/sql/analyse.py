@@ -26,9 +26,7 @@ _TABLE_FUNCTIONS_REFUSED = frozenset({"generate_series", "range"})
 _SERIES_MAX = 1_000_000
 
 
-def analyse_select(
-    text: str, tokens: Sequence[Token], *, explain: bool = False, analyze: bool = False
-) -> Select:
+def analyse_select(text: str, tokens: Sequence[Token], *, explain: bool = False, analyze: bool = False) -> Select:
     """A query as a statement. Raises InvalidRequest for text that does not parse."""
     sql = text[tokens[0].start : tokens[-1].end]
     lookup = None if explain else _key_lookup(tokens)
@@ -127,7 +125,11 @@ def find_lookup(tokens: Sequence[Token], alias: str | None = None) -> KeyMatch |
             if tokens[at].name != alias:
                 return None
             at += 2
-        if at + 2 >= len(tokens) or tokens[at].kind not in (TokenKind.WORD, TokenKind.QUOTED) or tokens[at + 1].text != "=":
+        if (
+            at + 2 >= len(tokens)
+            or tokens[at].kind not in (TokenKind.WORD, TokenKind.QUOTED)
+            or tokens[at + 1].text != "="
+        ):
             return None
         size = 2 if tokens[at + 2].text in ("-", "+") else 1
         value = literal(tokens[at + 2 : at + 2 + size])

@@ -60,7 +60,9 @@ class Cursor:
         token = self.token
         if token is None:
             return InvalidRequest(f"the statement ends where {wanted} is expected: {_short(self.sql)}")
-        return InvalidRequest(f"'{_short(token.text)}' at {place(self.text, token.start)} stands where {wanted} is expected")
+        return InvalidRequest(
+            f"'{_short(token.text)}' at {place(self.text, token.start)} stands where {wanted} is expected"
+        )
 
     def take(self) -> Token:
         """The next token. Raises InvalidRequest at the end."""

@@ -268,7 +268,8 @@ def translate(exc: Exception) -> KalamDbError:
     text = _INTERNAL_NAME.sub("", text)
     if "Resources exhausted" in text:
         return LimitExceeded(
-            "the query needs more memory than datafusion.memory_limit allows and could not spill; narrow it or raise the limit"
+            "the query needs more memory than datafusion.memory_limit allows and could not "
+            "spill; narrow it or raise the limit"
         )
     text = _NOISE.sub("", text).strip()
     return InvalidRequest(text.split("\nbacktrace")[0][:2000] or "the engine refused the statement")

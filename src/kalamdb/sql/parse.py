@@ -187,7 +187,9 @@ def _explain(cursor: Cursor) -> st.Statement:
 def _insert(cursor: Cursor) -> st.Statement:
     cursor.expect("INSERT", "INTO")
     table = cursor.table()
-    columns = cursor.names() if cursor.peek("(") and not cursor.peek("(", "SELECT") and not cursor.peek("(", "WITH") else None
+    columns = (
+        cursor.names() if cursor.peek("(") and not cursor.peek("(", "SELECT") and not cursor.peek("(", "WITH") else None
+    )
     if columns is not None and len(set(columns)) != len(columns):
         raise InvalidRequest(f"the INSERT names a column twice: {', '.join(columns)}")
     rows: list[tuple[st.Expr, ...]] | None = None

@@ -105,7 +105,8 @@ def _decimal(sizes: list[int]) -> DataType:
     precision, scale = (_PRECISION_MAX, 10) if not sizes else (sizes[0], sizes[1] if len(sizes) > 1 else 0)
     if len(sizes) > 2 or not 1 <= precision <= _PRECISION_MAX or scale > precision:
         raise InvalidRequest(
-            f"DECIMAL({', '.join(map(str, sizes))}) is not allowed: precision 1 to {_PRECISION_MAX}, scale 0 to precision"
+            f"DECIMAL({', '.join(map(str, sizes))}) is not allowed: precision 1 to "
+            f"{_PRECISION_MAX}, scale 0 to precision"
         )
     return DataType(TypeName.DECIMAL, precision=precision, scale=scale)
 
@@ -123,7 +124,9 @@ def parse_default(cursor: Cursor, kind: DataType, column: str) -> Default:
         return default
     parenthesised = cursor.accept("(")
     begin = cursor.at
-    while (token := cursor.token) is not None and token.text not in (",", ")", "(") and not _ends_default(cursor, begin):
+    while (
+        (token := cursor.token) is not None and token.text not in (",", ")", "(") and not _ends_default(cursor, begin)
+    ):
         cursor.at += 1
     value = literal(cursor.span(begin))
     if parenthesised:
@@ -131,15 +134,19 @@ def parse_default(cursor: Cursor, kind: DataType, column: str) -> Default:
     if value is NOT_LITERAL or isinstance(value, (Param, DefaultMarker)):
         text = cursor.text[cursor.tokens[start].start : cursor.tokens[max(cursor.at - 1, start)].end]
         raise InvalidRequest(
-            f"DEFAULT of column '{column}' is '{text}': a literal or one of {', '.join(sorted(set(_FUNCTIONS)))} is allowed"
+            f"DEFAULT of column '{column}' is '{text}': a literal or one of "
+            f"{', '.join(sorted(set(_FUNCTIONS)))} is allowed"
         )
     stored = codec_of(kind).store(value, where=f"DEFAULT of column '{column}'")
     return Default(constant=stored, sql=cursor.text[cursor.tokens[begin].start : cursor.tokens[cursor.at - 1].end])
 
 
 def _ends_default(cursor: Cursor, begin: int) -> bool:
-    return cursor.at > begin and cursor.token is not None and cursor.token.kind is TokenKind.WORD and not (
-        cursor.at == begin + 1 and cursor.tokens[begin].upper in ("DATE", "TIME", "TIMESTAMP", "UUID", "JSON")
+    return (
+        cursor.at > begin
+        and cursor.token is not None
+        and cursor.token.kind is TokenKind.WORD
+        and not (cursor.at == begin + 1 and cursor.tokens[begin].upper in ("DATE", "TIME", "TIMESTAMP", "UUID", "JSON"))
     )
 
 
@@ -147,7 +154,9 @@ def _check_function(default: Default, kind: DataType, column: str) -> None:
     allowed: frozenset[TypeName]
     match default.function:
         case DefaultFunction.NOW:
-            allowed = frozenset({TypeName.TIMESTAMP, TypeName.DATETIME, TypeName.DATE, TypeName.TIME, TypeName.BIGINT, TypeName.TEXT})
+            allowed = frozenset(
+                {TypeName.TIMESTAMP, TypeName.DATETIME, TypeName.DATE, TypeName.TIME, TypeName.BIGINT, TypeName.TEXT}
+            )
         case DefaultFunction.SNOWFLAKE_ID:
             allowed = frozenset({TypeName.BIGINT, TypeName.TEXT})
         case DefaultFunction.UUID_V7:
@@ -237,9 +246,7 @@ def parse_create_table(cursor: Cursor, kind: TableKind | None) -> CreateTable:
     cursor.end()
     kind = _kind(kind, stated, table.name)
     options = table_options(kind, stated)
-    return CreateTable(
-        cursor.sql, table, kind, if_not_exists, tuple(columns), primary_key, tuple(checks), options
-    )
+    return CreateTable(cursor.sql, table, kind, if_not_exists, tuple(columns), primary_key, tuple(checks), options)
 
 
 def _kind(kind: TableKind | None, stated: dict[str, Any], table: str) -> TableKind | None:
@@ -340,7 +347,8 @@ def parse_flush_policy(text: str) -> FlushPolicy:
         name, _, value = part.strip().partition(":")
         if name not in bounds or name in found or not value.isdigit() or not 0 < int(value) < bounds[name]:
             raise InvalidRequest(
-                f"FLUSH_POLICY '{text}' is not 'rows:N' (0 < N < {_ROWS_MAX}), 'interval:S' (0 < S < {_INTERVAL_MAX_S}) or both"
+                f"FLUSH_POLICY '{text}' is not 'rows:N' (0 < N < {_ROWS_MAX}), 'interval:S' "
+                f"(0 < S < {_INTERVAL_MAX_S}) or both"
             )
         found[name] = int(value)
     return FlushPolicy(found.get("rows"), found.get("interval"))

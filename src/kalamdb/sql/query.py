@@ -54,7 +54,9 @@ class Query:
 class Reader:
     """Runs queries for callers."""
 
-    def __init__(self, store: TableStore, catalog: Catalog, engine: Engine, system: SystemTables, result_bytes_max: int) -> None:
+    def __init__(
+        self, store: TableStore, catalog: Catalog, engine: Engine, system: SystemTables, result_bytes_max: int
+    ) -> None:
         self._store = store
         self._catalog = catalog
         self._engine = engine
@@ -72,9 +74,7 @@ class Reader:
             table = run.table(self._result_bytes_max)
         return _scrubbed(table) if statement.explain else table
 
-    def open(
-        self, statement: st.Select, caller: Caller, transaction: Transaction | None, stack: ExitStack
-    ) -> QueryRun:
+    def open(self, statement: st.Select, caller: Caller, transaction: Transaction | None, stack: ExitStack) -> QueryRun:
         """A running SELECT; what it reads stays until `stack` closes."""
         query = Query("")
         self._collect(query, statement.tables, statement, caller, transaction, stack, 0)
@@ -136,7 +136,9 @@ class Reader:
             assert view is not None
             inner = Caller(caller.user, caller.role, view.namespace, None, caller.deadline, caller.cancelled)
             self._collect(query, referenced_tables(view.sql), None, inner, transaction, stack, depth + 1)
-            query.views[(view.namespace, view.name)] = _qualified(render(view.sql, _no_params, caller.function_sql), view.namespace)
+            query.views[(view.namespace, view.name)] = _qualified(
+                render(view.sql, _no_params, caller.function_sql), view.namespace
+            )
         if entries:
             query.sources += self._table_sources(list(entries.values()), statement, caller, transaction, stack)
 
@@ -207,7 +209,11 @@ class Reader:
             plan = scan_plan(self._store, view, overlay)
             query.sources.append(TableSource(definition.namespace, definition.name, plan, with_seq=True, with_key=True))
             quoted = _quote(alias)
-            items = [f"{quoted}._key", f"{quoted}._seq", *(f"{quoted}.{_quote(column.name)}" for column in definition.columns)]
+            items = [
+                f"{quoted}._key",
+                f"{quoted}._seq",
+                *(f"{quoted}.{_quote(column.name)}" for column in definition.columns),
+            ]
             items += [f"({expression}) AS _new{at}" for at, expression in enumerate(expressions)]
             text = (
                 f"SELECT {', '.join(items)} FROM {_quote(definition.namespace)}.{_quote(definition.name)} AS {quoted} "
@@ -217,7 +223,13 @@ class Reader:
             return self.run(query, caller).table(self._result_bytes_max), view.state.manifest_version
 
     def evaluate(
-        self, items: str, layout: Layout | None, tables: Sequence[tuple[str, Sequence[Row]]], caller: Caller, *, where: str = ""
+        self,
+        items: str,
+        layout: Layout | None,
+        tables: Sequence[tuple[str, Sequence[Row]]],
+        caller: Caller,
+        *,
+        where: str = "",
     ) -> pa.Table:
         """`SELECT items` over rows in memory, each of `tables` under its name, joined row by row when there are two."""
         query = Query("")
@@ -226,11 +238,15 @@ class Reader:
             assert layout is not None
             columns = [*layout.arrow_columns(rows), pa.array(range(len(rows)), pa.int64())]
             fields = [*(column.field for column in scan_columns(layout)), pa.field("_row", pa.int64())]
-            query.sources.append(TableSource(caller.namespace, name, pa.Table.from_arrays(columns, schema=pa.schema(fields))))
+            query.sources.append(
+                TableSource(caller.namespace, name, pa.Table.from_arrays(columns, schema=pa.schema(fields)))
+            )
             names.append(_quote(name))
         source = ""
         if names:
-            source = f" FROM {names[0]}" + "".join(f" JOIN {other} ON {names[0]}._row = {other}._row" for other in names[1:])
+            source = f" FROM {names[0]}" + "".join(
+                f" JOIN {other} ON {names[0]}._row = {other}._row" for other in names[1:]
+            )
             order = f" ORDER BY {names[0]}._row"
         else:
             order = ""

@@ -138,7 +138,10 @@ class Rows:
     ) -> list[Row]:
         table = self._reader.select(replace(query, lookup=None), caller, transaction)
         if table.num_columns != len(indexes):
-            raise InvalidRequest(f"the SELECT gives {table.num_columns} columns for {len(indexes)} columns of '{entry.definition.table_id}'")
+            raise InvalidRequest(
+                f"the SELECT gives {table.num_columns} columns for {len(indexes)} columns of "
+                f"'{entry.definition.table_id}'"
+            )
         columns: list[Sequence[Stored]] = []
         given = dict(zip(indexes, table.columns, strict=True))
         for at, (column, codec) in enumerate(zip(layout.columns, layout.codecs, strict=True)):
@@ -156,10 +159,14 @@ class Rows:
         if clause is None:
             return OnConflict.ERROR, None
         if entry.definition.kind is TableKind.STREAM:
-            raise InvalidRequest(f"ON CONFLICT has no meaning for stream '{entry.definition.table_id}': its rows have no unique key")
+            raise InvalidRequest(
+                f"ON CONFLICT has no meaning for stream '{entry.definition.table_id}': its rows have no unique key"
+            )
         key = {layout.columns[index].name for index in layout.pk_indexes}
         if clause.columns and set(clause.columns) != key:
-            raise InvalidRequest(f"ON CONFLICT ({', '.join(clause.columns)}) must name the primary key ({layout.pk_names()})")
+            raise InvalidRequest(
+                f"ON CONFLICT ({', '.join(clause.columns)}) must name the primary key ({layout.pk_names()})"
+            )
         if clause.action is st.ConflictAction.IGNORE:
             return OnConflict.IGNORE, None
         self._check_assigned(entry, layout, [column for column, _ in clause.assignments])
@@ -203,7 +210,9 @@ class Rows:
         """Run an UPDATE."""
         entry = self._writable(statement.table, caller)
         if entry.definition.kind is TableKind.STREAM:
-            raise InvalidRequest(f"UPDATE is not supported on STREAM table '{entry.definition.table_id}'; its rows never change")
+            raise InvalidRequest(
+                f"UPDATE is not supported on STREAM table '{entry.definition.table_id}'; its rows never change"
+            )
         layout = self._store.layout(entry.definition)
         self._check_assigned(entry, layout, [column for column, _ in statement.assignments])
         writer = Writer(self._store, entry, caller.scope(entry.definition), transaction)
@@ -245,7 +254,9 @@ class Rows:
         """Run a DELETE."""
         entry = self._writable(statement.table, caller)
         if entry.definition.kind is TableKind.STREAM:
-            raise InvalidRequest(f"DELETE is not supported on STREAM table '{entry.definition.table_id}'; its rows leave by TTL_SECONDS")
+            raise InvalidRequest(
+                f"DELETE is not supported on STREAM table '{entry.definition.table_id}'; its rows leave by TTL_SECONDS"
+            )
         layout = self._store.layout(entry.definition)
         writer = Writer(self._store, entry, caller.scope(entry.definition), transaction)
         values = key_values(layout, statement.key, caller) if statement.key is not None else None
@@ -276,17 +287,26 @@ class Rows:
             at = layout.index_of_name[column]
             if not isinstance(value, st.EngineExpr):
                 if isinstance(value, st.DefaultMarker):
-                    default = Defaults(self._store.backend, self._clock, caller.user).value(layout.columns[at].default, layout.columns[at])
+                    default = Defaults(self._store.backend, self._clock, caller.user).value(
+                        layout.columns[at].default, layout.columns[at]
+                    )
                     steps.append((at, default, -1, 0))
                 else:
                     steps.append((at, layout.codecs[at].store(caller.bind(value), where=f"column '{column}'"), -1, 0))
                 continue
             match = _STEP.match(value.sql)
             source = layout.index_of_name.get(match.group(1).lower()) if match else None
-            if match is None or source is None or layout.columns[source].type != layout.columns[at].type or not _is_integer(layout, at):
+            if (
+                match is None
+                or source is None
+                or layout.columns[source].type != layout.columns[at].type
+                or not _is_integer(layout, at)
+            ):
                 return None
             steps.append((at, None, source, int(match.group(3)) * (1 if match.group(2) == "+" else -1)))
-        nulls = {at for at, stored, source, _ in steps if source < 0 and stored is None and not layout.columns[at].nullable}
+        nulls = {
+            at for at, stored, source, _ in steps if source < 0 and stored is None and not layout.columns[at].nullable
+        }
         if nulls:
             raise _null_violation(layout.columns[min(nulls)].name)
 
@@ -311,7 +331,10 @@ class Rows:
                 known = ", ".join(layout.index_of_name)
                 raise InvalidRequest(f"table '{entry.definition.table_id}' has no column '{column}'; it has {known}")
             if at in layout.pk_indexes:
-                raise InvalidRequest(f"column '{column}' is part of the PRIMARY KEY of '{entry.definition.table_id}' and cannot be changed")
+                raise InvalidRequest(
+                    f"column '{column}' is part of the PRIMARY KEY of "
+                    f"'{entry.definition.table_id}' and cannot be changed"
+                )
 
     # Shared parts
 
@@ -340,7 +363,8 @@ class Rows:
                 for row, holds in zip(rows, column.to_pylist(), strict=True):
                     if holds is False:
                         raise InvalidRequest(
-                            f"CHECK constraint '{check.name}' of table '{entry.definition.table_id}' is violated by the row "
+                            f"CHECK constraint '{check.name}' of table "
+                            f"'{entry.definition.table_id}' is violated by the row "
                             f"with primary key '{layout.pk_text(row)}': {check.sql}"
                         )
 

@@ -116,7 +116,9 @@ class Session:
         results: list[Result],
     ) -> Transaction | None:
         if outer is not None:
-            raise InvalidRequest(f"{statement.verb.upper()} cannot stand inside db.transaction(); leave the block instead")
+            raise InvalidRequest(
+                f"{statement.verb.upper()} cannot stand inside db.transaction(); leave the block instead"
+            )
         match statement.verb:
             case st.TransactionVerb.BEGIN:
                 if transaction is not None:

@@ -198,9 +198,9 @@ class StreamRow:
 class RowOp:
     """Write one version of a row.
 
-    `expect` is about the newest version, hot or cold: its `_seq`, ABSENT or ANY. The store checks the
-    hot part; for a key without a hot version it demands that the table's manifest version still is
-    the one in `Batch.manifests`, under which the caller looked the key up in the cold tier.
+    `expect` is about the newest version, hot or cold: its `_seq`, ABSENT or ANY. The store refuses a
+    hot version above it, and demands that the table's manifest version still is the one in
+    `Batch.manifests`, under which the caller looked for the newest version in both tiers.
     With `bucket` the row goes to a STREAM table: no key, no expectation, `key` holds the scope prefix.
     """
 
@@ -243,7 +243,7 @@ class Batch:
 
     rows: list[RowOp] = field(default_factory=list)
     manifests: dict[TableUid, Seq] = field(default_factory=dict)
-    """Manifest version under which keys without a hot version were looked up (see RowOp)."""
+    """Manifest version under which the expectations of a table's rows were found (see RowOp)."""
     retire: list[Retire] = field(default_factory=list)
     records: list[RecordOp] = field(default_factory=list)
     delete_tables: list[TableUid] = field(default_factory=list)
@@ -264,9 +264,7 @@ class Batch:
 
     def is_empty(self) -> bool:
         """Whether committing would change nothing and check nothing."""
-        return not (
-            self.rows or self.retire or self.records or self.delete_tables or self.delete_buckets or self.jobs
-        )
+        return not (self.rows or self.retire or self.records or self.delete_tables or self.delete_buckets or self.jobs)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,8 @@
 """The data directory: who may open it, what format it has, which generation is current.
 
-    FORMAT   format version and database uid, written last when a directory is made
-    LOCK     flock of the process that holds the directory
-    CURRENT  name of the generation: gen-N/rocksdb, gen-N/segments
+FORMAT   format version and database uid, written last when a directory is made
+LOCK     flock of the process that holds the directory
+CURRENT  name of the generation: gen-N/rocksdb, gen-N/segments
 """
 
 from __future__ import annotations
@@ -209,7 +209,8 @@ def _read_format(path: Path) -> _Format:
         raise Corrupt(f"'{target}' is damaged: {exc}; restore the directory from a backup") from exc
     if found.format_version > FORMAT_VERSION:
         raise InvalidRequest(
-            f"'{path}' has format {found.format_version}, this version reads up to {FORMAT_VERSION}; install a newer KalamDB"
+            f"'{path}' has format {found.format_version}, this version reads up to "
+            f"{FORMAT_VERSION}; install a newer KalamDB"
         )
     return found
 

@@ -155,9 +155,7 @@ class JobIndex:
 
     # Changing: inside a commit
 
-    def stage(
-        self, operations: Sequence[JobInsert | JobMove | JobFence], known: Mapping[JobId, JobRow]
-    ) -> Staged:
+    def stage(self, operations: Sequence[JobInsert | JobMove | JobFence], known: Mapping[JobId, JobRow]) -> Staged:
         """Check the operations and collect their writes. Raises IdempotencyConflict, Fenced, Internal.
 
         Called under the commit lock; after the write the caller calls `apply`.

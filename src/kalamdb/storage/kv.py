@@ -491,13 +491,16 @@ class KvBackend:
         for (at, op), value in zip(checked, stored, strict=True):
             if value is not None:
                 seq, flags = _ROW_HEADER.unpack_from(value)
-                found[at] = seq
-                if op.expect not in (ANY, seq):
-                    raise ExpectationFailed(
-                        f"a row is at version {seq}, expected {_expected(op.expect)}",
-                        what="row", index=at, found=seq, found_flags=RowFlags(flags), table=op.table,
-                    )  # fmt: skip
-            elif op.expect != ANY:
+                if seq > self._watermarks.get(op.table, 0):
+                    found[at] = seq
+                    if op.expect != ANY and seq > op.expect:
+                        raise ExpectationFailed(
+                            f"a row is at version {seq}, expected {_expected(op.expect)}",
+                            what="row", index=at, found=seq, found_flags=RowFlags(flags), table=op.table,
+                        )  # fmt: skip
+            if op.expect != ANY:
+                # A hot version may be older than a cold one: large statements write segments. So the
+                # manifest under which the newest version was found must hold for every row.
                 if op.table not in manifests:
                     manifests[op.table] = self._manifest(op.table)
                 if manifests[op.table] != batch.manifests.get(op.table, 0):
@@ -523,8 +526,7 @@ class KvBackend:
                 writes.append((key, op.payload))
                 continue
             writes.append((_ROW + _table_key(op.table) + op.key, _ROW_HEADER.pack(seq, op.flags) + op.payload))
-            if found[at] > self._watermarks.get(op.table, 0):
-                replaced[at] = found[at]
+            replaced[at] = found[at]
         return replaced
 
     def _stage_retire(self, retire: Retire, seq: Seq, writes: list[Write]) -> None:

@@ -12,7 +12,17 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from rocksdict import AccessType, BlockBasedOptions, Cache, DBRecoveryMode, Options, Rdict, RdictIter, WriteBatch, WriteOptions  # fmt: skip
+from rocksdict import (  # fmt: skip
+    AccessType,
+    BlockBasedOptions,
+    Cache,
+    DBRecoveryMode,
+    Options,
+    Rdict,
+    RdictIter,
+    WriteBatch,
+    WriteOptions,
+)
 
 from kalamdb.errors import Closed, Corrupt, KalamDbError, Unavailable
 from kalamdb.storage import Caps
@@ -21,7 +31,15 @@ from kalamdb.storage.ordered import Range, Write
 _FIRST_CHUNK_ROWS = 16
 _CHUNK_ROWS = 1024
 _FILE_NAME = re.compile(r"[^\s'\"]*?(\d{6}\.(?:sst|log)|MANIFEST-\d+|CURRENT|OPTIONS-\d+|IDENTITY)")
-_DAMAGE = ("corruption", "checksum mismatch", "bad magic", "truncated", "not an sstable", "no such file", "does not exist")
+_DAMAGE = (
+    "corruption",
+    "checksum mismatch",
+    "bad magic",
+    "truncated",
+    "not an sstable",
+    "no such file",
+    "does not exist",
+)
 
 
 def translate(exc: Exception, path: Path) -> KalamDbError:
@@ -107,7 +125,13 @@ class RocksKv:
     caps = Caps(inline=True, multi_node=False, batch_rows_max=4096, snapshot_age_max_s=300.0)
 
     def __init__(
-        self, path: Path, *, create: bool, block_cache_bytes: int = 32 << 20, write_buffer_bytes: int = 64 << 20, open_files_max: int = 512
+        self,
+        path: Path,
+        *,
+        create: bool,
+        block_cache_bytes: int = 32 << 20,
+        write_buffer_bytes: int = 64 << 20,
+        open_files_max: int = 512,
     ) -> None:
         self.path = path
         options = Options(raw_mode=True)

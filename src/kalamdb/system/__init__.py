@@ -120,12 +120,8 @@ class SystemTablesRegistry:
             *catalog_tables(sources.catalog, self.tables, sources.segments_directory),
             *job_tables(sources.jobs),
             *standard_tables(sources.catalog, self.tables),
-            SystemTable(
-                TableId(SYSTEM, "manifest"), _MANIFEST, lambda _: map(_manifest_row, sources.manifests())
-            ),
-            SystemTable(
-                TableId(SYSTEM, "settings"), _SETTINGS, lambda _: map(_setting_row, sources.settings())
-            ),
+            SystemTable(TableId(SYSTEM, "manifest"), _MANIFEST, lambda _: map(_manifest_row, sources.manifests())),
+            SystemTable(TableId(SYSTEM, "settings"), _SETTINGS, lambda _: map(_setting_row, sources.settings())),
             SystemTable(TableId(SYSTEM, "stats"), _STATS, lambda _: _stats_rows(sources)),
         ]
         for table in own:
@@ -134,9 +130,7 @@ class SystemTablesRegistry:
     def register(self, table: SystemTable) -> None:
         """Add a table. Raises InvalidRequest when the name is taken or not in a namespace of the system."""
         if table.table_id.namespace not in (SYSTEM, INFORMATION_SCHEMA):
-            raise InvalidRequest(
-                f"system table '{table.table_id}' must lie in {SYSTEM} or {INFORMATION_SCHEMA}"
-            )
+            raise InvalidRequest(f"system table '{table.table_id}' must lie in {SYSTEM} or {INFORMATION_SCHEMA}")
         if table.table_id in self._tables:
             raise InvalidRequest(f"system table '{table.table_id}' is registered already")
         self._tables[table.table_id] = table
@@ -160,9 +154,7 @@ class SystemTablesRegistry:
     def check_read(self, role: Role, table_id: TableId) -> None:
         """Raise Denied unless `allowed`."""
         if not self.allowed(role, table_id):
-            raise Denied(
-                f"Admin privileges (role dba or system) are needed to read '{table_id}'; your role is {role}"
-            )
+            raise Denied(f"Admin privileges (role dba or system) are needed to read '{table_id}'; your role is {role}")
 
     def write_refusal(self, verb: str, table_id: TableId) -> InvalidRequest:
         """The error for a statement (`verb`: insert, update, delete, alter, drop) that would change one."""
@@ -179,9 +171,7 @@ class SystemTablesRegistry:
     def show_tables(self, namespace: str) -> pa.Table:
         """SHOW TABLES: the newest schema of each table of a namespace, in the shape of system.schemas."""
         definitions = [entry.definition for entry in self._catalog.tables(namespace)]
-        return arrow_table(
-            SCHEMAS, (schema_row(definition, definition.version) for definition in definitions)
-        )
+        return arrow_table(SCHEMAS, (schema_row(definition, definition.version) for definition in definitions))
 
     def describe(self, table_id: TableId) -> pa.Table:
         """DESCRIBE TABLE: the columns of a table or system table. Raises NotFound."""
@@ -233,7 +223,5 @@ def _without_values(segment: Mapping[str, Any]) -> dict[str, Any]:
     kept = {name: value for name, value in segment.items() if name not in _BOUNDS}
     stats = kept.get("column_stats")
     if stats is not None:
-        kept["column_stats"] = {
-            column: {"null_count": found.get("null_count")} for column, found in stats.items()
-        }
+        kept["column_stats"] = {column: {"null_count": found.get("null_count")} for column, found in stats.items()}
     return kept

@@ -33,9 +33,7 @@ def _chosen(jobs: JobStore, filters: Filters) -> list[JobRow]:
     if ids is not None:
         return [row for job_id in sorted(map(str, ids)) if (row := jobs.get(JobId(job_id))) is not None]
     statuses = filters.get("status")
-    known = (
-        None if statuses is None else frozenset(status for status in JobStatus if status.value in statuses)
-    )
+    known = None if statuses is None else frozenset(status for status in JobStatus if status.value in statuses)
     if known is not None and not known:
         return []
     return jobs.query(

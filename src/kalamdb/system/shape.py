@@ -97,12 +97,8 @@ def _array(column: SystemColumn, values: Sequence[Any]) -> pa.Array:
         case TypeName.JSON:
             return pa.array([None if data is None else json_text(data) for data in values], physical)
         case TypeName.SMALLINT:
-            return pa.array(
-                [None if number is None else min(number, _SMALLINT_MAX) for number in values], physical
-            )
+            return pa.array([None if number is None else min(number, _SMALLINT_MAX) for number in values], physical)
         case TypeName.INT:
-            return pa.array(
-                [None if number is None else min(number, _INT_MAX) for number in values], physical
-            )
+            return pa.array([None if number is None else min(number, _INT_MAX) for number in values], physical)
         case _:
             return pa.array(values, physical)

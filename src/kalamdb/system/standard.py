@@ -43,12 +43,8 @@ def standard_tables(catalog: Catalog, system_tables: SystemTables) -> list[Syste
     """tables, columns, schemata, views."""
     own = INFORMATION_SCHEMA
     return [
-        SystemTable(
-            TableId(own, "tables"), _TABLES, lambda filters: _table_rows(catalog, system_tables, filters)
-        ),
-        SystemTable(
-            TableId(own, "columns"), _COLUMNS, lambda filters: _column_rows(catalog, system_tables, filters)
-        ),
+        SystemTable(TableId(own, "tables"), _TABLES, lambda filters: _table_rows(catalog, system_tables, filters)),
+        SystemTable(TableId(own, "columns"), _COLUMNS, lambda filters: _column_rows(catalog, system_tables, filters)),
         SystemTable(TableId(own, "schemata"), _SCHEMATA, lambda _: _schema_rows(catalog)),
         SystemTable(TableId(own, "views"), _VIEWS, lambda _: _view_rows(catalog)),
     ]

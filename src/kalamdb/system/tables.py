@@ -47,29 +47,19 @@ _DATATYPES: Final = columns_of("arrow_type T, kalam_type T, sql_name T, descript
 _TEMPLATE: Final = "{namespace}/{tableName}"
 
 
-def catalog_tables(
-    catalog: Catalog, system_tables: SystemTables, segments_directory: str
-) -> list[SystemTable]:
+def catalog_tables(catalog: Catalog, system_tables: SystemTables, segments_directory: str) -> list[SystemTable]:
     """namespaces, schemas, tables, columns, describe, storages, datatypes."""
     return [
-        SystemTable(
-            TableId(SYSTEM, "namespaces"), _NAMESPACES, lambda _: _namespace_rows(catalog, system_tables)
-        ),
-        SystemTable(
-            TableId(SYSTEM, "schemas"), SCHEMAS, lambda filters: _schema_rows(catalog, system_tables, filters)
-        ),
-        SystemTable(
-            TableId(SYSTEM, "tables"), _TABLES, lambda filters: _table_rows(catalog, system_tables, filters)
-        ),
+        SystemTable(TableId(SYSTEM, "namespaces"), _NAMESPACES, lambda _: _namespace_rows(catalog, system_tables)),
+        SystemTable(TableId(SYSTEM, "schemas"), SCHEMAS, lambda filters: _schema_rows(catalog, system_tables, filters)),
+        SystemTable(TableId(SYSTEM, "tables"), _TABLES, lambda filters: _table_rows(catalog, system_tables, filters)),
         SystemTable(
             TableId(SYSTEM, "columns"),
             _COLUMNS,
             lambda filters: _column_rows(catalog, system_tables, filters),
         ),
         SystemTable(TableId(SYSTEM, "describe"), DESCRIBE, lambda _: _all_descriptions(catalog)),
-        SystemTable(
-            TableId(SYSTEM, "storages"), _STORAGES, lambda _: _storage_rows(catalog, segments_directory)
-        ),
+        SystemTable(TableId(SYSTEM, "storages"), _STORAGES, lambda _: _storage_rows(catalog, segments_directory)),
         SystemTable(TableId(SYSTEM, "datatypes"), _DATATYPES, lambda _: _datatype_rows()),
     ]
 

@@ -56,7 +56,9 @@ class SegmentDraft:
 class Naming:
     """Names files by intent before they are created, and cleans up names that are not published."""
 
-    def __init__(self, store: TableStore, entry: CatalogEntry, job: JobOps = (), owner: IntentRecord | None = None) -> None:
+    def __init__(
+        self, store: TableStore, entry: CatalogEntry, job: JobOps = (), owner: IntentRecord | None = None
+    ) -> None:
         self._store = store
         self._entry = entry
         self._job = job
@@ -104,7 +106,9 @@ class Naming:
 
 
 @contextmanager
-def naming(store: TableStore, entry: CatalogEntry, job: JobOps = (), owner: IntentRecord | None = None) -> Iterator[Naming]:
+def naming(
+    store: TableStore, entry: CatalogEntry, job: JobOps = (), owner: IntentRecord | None = None
+) -> Iterator[Naming]:
     """Names for new files of a table; those not published when the block ends are taken back.
 
     A crash inside leaves intents and files; the sweep removes both.
@@ -203,7 +207,9 @@ def index_of(column: pa.ChunkedArray, key: bytes) -> int | None:
 
 
 def _stale(draft: SegmentDraft, seq: Seq) -> ExpectationFailed:
-    return ExpectationFailed(f"a row of '{draft.entry.definition.table_id}' was changed meanwhile", what="row", found=seq)
+    return ExpectationFailed(
+        f"a row of '{draft.entry.definition.table_id}' was changed meanwhile", what="row", found=seq
+    )
 
 
 def _check_expected(store: TableStore, draft: SegmentDraft, moment: Moment, state: TableState) -> None:

@@ -401,7 +401,9 @@ def _casts_exactly(source: pa.DataType, target: pa.DataType) -> bool:
         narrows = pa.types.is_float64(source) and pa.types.is_float32(target)
         return bool(not narrows and (pa.types.is_integer(source) or pa.types.is_floating(source)))
     if pa.types.is_string(target):
-        return bool(pa.types.is_large_string(source) or pa.types.is_string_view(source) or pa.types.is_dictionary(source))
+        return bool(
+            pa.types.is_large_string(source) or pa.types.is_string_view(source) or pa.types.is_dictionary(source)
+        )
     if pa.types.is_binary(target):
         return bool(pa.types.is_large_binary(source) or pa.types.is_binary_view(source))
     if pa.types.is_timestamp(target):

@@ -8,7 +8,7 @@ level 1 rewritten. Inputs are replaced by outputs in one commit that holds only 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 import numpy as np
@@ -28,6 +28,7 @@ from kalamdb.tables.store import TableState, TableStore
 from kalamdb.types import RowFlags, Seq, TableKind, TableUid
 
 _LEVEL1_SHARE = 4
+_NEWEST = (1 << 63) - 1
 _HOUR_MS = 3_600_000
 
 
@@ -49,6 +50,8 @@ class Plan:
 
     inputs: tuple[Segment, ...]
     level: int
+    settled: Seq = 0
+    """Outside the inputs no version is older than a version up to here that the inputs hold."""
 
 
 def choose(state: TableState, level0_segments_max: int, *, full: bool, droppable: Seq = 0) -> Plan | None:
@@ -102,12 +105,13 @@ def compact_table(
     entry = store.entry(uid)
     if entry.definition.kind is TableKind.STREAM:
         return None
-    droppable = _oldest_tombstone(store, entry)
+    settled = _settled(store, uid)
+    droppable = min(_oldest_tombstone(store, entry), settled)
     plan = choose(store.state(uid), store.limits.level0_segments_max, full=full, droppable=droppable)
     if plan is None:
         return None
     with store.segments.pinned(plan.inputs):
-        report = _compact(store, entry, plan, job, message)
+        report = _compact(store, entry, replace(plan, settled=settled), job, message)
     for segment in plan.inputs:
         store.segments.unlink(segment.record.segment_id, segment.path)
     write_mirror(store, entry)
@@ -152,6 +156,17 @@ def _compact(
     return report
 
 
+def _settled(store: TableStore, uid: TableUid) -> Seq:
+    """What a segment holds up to this `_seq` is newer than no hot version. To be asked before the plan is made.
+
+    Large statements write segments over hot rows. Their marks and tombstones must stay until the hot
+    rows that they hide are flushed and merged with them; hot rows are above the watermark.
+    """
+    with store.hot.lock:
+        pending = store.has_pending(uid)
+        return store.state(uid).watermark if pending else _NEWEST
+
+
 def _figures(report: CompactReport) -> dict[str, int]:
     return {name: getattr(report, name) for name in report.__slots__}
 
@@ -162,7 +177,7 @@ def _write_outputs(
     layout = store.layout(entry.definition)
     into_base = plan.level == 1
     kept: list[pa.Table] = []
-    oldest_kept = _oldest_tombstone(store, entry)
+    kept_above = min(_oldest_tombstone(store, entry), plan.settled)
     total = sum(segment.record.rows for segment in plan.inputs)
     done = 0
 
@@ -179,12 +194,12 @@ def _write_outputs(
             deleted = (flags & RowFlags.DELETED) != 0
             if deleted.any():
                 gone = merged.filter(pa.array(deleted))
-                gone = gone.filter(pc.greater(gone.column(SEQ), oldest_kept))
+                gone = gone.filter(pc.greater(gone.column(SEQ), kept_above))
                 if len(gone):
-                    kept.append(_unmarked(gone, RowFlags.DELETED))
+                    kept.append(_unmarked(gone, plan.settled))
                 merged = merged.filter(pa.array(~deleted))
             if len(merged):
-                yield _unmarked(merged, RowFlags.NONE)
+                yield _unmarked(merged, plan.settled)
 
     bytes_per_row = sum(segment.record.size_bytes for segment in plan.inputs) / total
     rows_max = max(int(store.limits.segment_bytes_max / bytes_per_row), 1) if into_base else total
@@ -234,8 +249,11 @@ class _Stream:
             yield part
 
 
-def _unmarked(table: pa.Table, flags: RowFlags) -> pa.Table:
-    column = pa.array(np.full(len(table), int(flags), np.uint8))
+def _unmarked(table: pa.Table, settled: Seq) -> pa.Table:
+    """Rows without the marks up to `settled`: what those hid is gone."""
+    flags = table.column(FLAGS).to_numpy()
+    kept = np.where(table.column(SEQ).to_numpy() > settled, flags, flags & RowFlags.DELETED)
+    column = pa.array(kept.astype(np.uint8))
     return table.set_column(table.schema.get_field_index(FLAGS), table.schema.field(FLAGS), column)
 
 

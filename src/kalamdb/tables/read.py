@@ -40,15 +40,11 @@ def scan_plan(store: TableStore, view: TableView, overlay: Overlay | None = None
         return _stream_plan(store, view, layout)
     start, end = scope_range(view.scope)
     segments = [segment for segment in view.state.segments if segment.overlaps(start, end)]
-    marks = [
-        *mark_table(view.chunks),
-        *(found for segment in segments if (found := store.segments.marks(segment, start, end)) is not None),
-    ]
-    hides_hot = False
+    later = [found for segment in segments if (found := store.segments.marks(segment, start, end)) is not None]
     if overlay is not None and overlay.changes:
-        marks.append(overlay.marks())
-        hides_hot = True
-    marked = _Marks(marks)
+        later.append(overlay.marks())
+    # A key has one hot version, so hot marks hide cold rows only.
+    hiding_hot, marked = _Marks(later), _Marks([*later, *mark_table(view.chunks)])
     parts: list[FilePart | MemoryPart] = [
         _file_part(store, view, segment, layout, marked, start, end)
         for segment in segments
@@ -63,7 +59,7 @@ def scan_plan(store: TableStore, view: TableView, overlay: Overlay | None = None
                 written.schema,
                 projections(written.schema, layout),
                 has_tombstones=any(chunk.tombstones for chunk in chunks),
-                has_hidden=hides_hot,
+                has_hidden=hiding_hot.may_hide(min(chunk.seq_min for chunk in chunks)),
             )
         )
     if overlay is not None and overlay.changes:
@@ -138,7 +134,9 @@ def _stream_plan(store: TableStore, view: TableView, layout: Layout) -> ScanPlan
         ]
     hot = [HotRow(b"", row.seq, RowFlags.NONE, row.payload) for row in rows]
     batch = rows_to_batch(hot, store.layout_of(view.definition.uid), layout)
-    part = MemoryPart((batch,), layout.schema, projections(layout.schema, layout), has_tombstones=False, has_hidden=False)
+    part = MemoryPart(
+        (batch,), layout.schema, projections(layout.schema, layout), has_tombstones=False, has_hidden=False
+    )
     return ScanPlan(scan_columns(layout), (part,), None)
 
 

@@ -154,7 +154,8 @@ def write_segment(
     with files.create(path) as raw:
         sink = _ChecksumFile(raw)
         collected: list[Any] = []
-        with pq.ParquetWriter(pa.PythonFile(sink, mode="w"), layout.schema, **_writer_options(layout), metadata_collector=collected) as writer:  # fmt: skip
+        target, options = pa.PythonFile(sink, mode="w"), _writer_options(layout)
+        with pq.ParquetWriter(target, layout.schema, **options, metadata_collector=collected) as writer:
             for group in _row_groups(_chain(first, iterator), row_group_rows_max):
                 count.add(group)
                 writer.write_table(group, row_group_size=len(group))
@@ -481,9 +482,7 @@ class SegmentCache:
     def holds_only(self, segment: Segment, start: bytes, end: bytes) -> bool:
         """Whether each row group that touches [start, end) lies wholly inside."""
         return all(
-            start <= low and high < end
-            for low, high in self.group_bounds(segment)
-            if high >= start and low < end
+            start <= low and high < end for low, high in self.group_bounds(segment) if high >= start and low < end
         )
 
     def _read(self, segment: Segment, group: int, columns: list[str] | None) -> pa.Table:

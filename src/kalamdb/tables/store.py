@@ -235,9 +235,7 @@ class TableStore:
         figures = HotFigures()
         if entry.definition.kind is not TableKind.STREAM:
             now_ms = self.backend.now_ms()
-            marks = sorted(
-                (row.seq, len(row.payload)) for chunk in snapshot.hot(uid) for row in chunk
-            )
+            marks = sorted((row.seq, len(row.payload)) for chunk in snapshot.hot(uid) for row in chunk)
             for seq, bytes_ in marks:
                 figures.add(seq, 1, bytes_ + _ROW_OVERHEAD, now_ms)
         with self.hot.lock:
@@ -302,7 +300,9 @@ class TableStore:
         if kind == RecordKind.MANIFEST:
             self._states[uid] = replace(state, manifest_version=seq if op.value is not None else 0)
             return
-        segments = [one for one in state.segments if record_key(RecordKind.SEGMENT, uid, one.record.segment_id) != op.key]
+        segments = [
+            one for one in state.segments if record_key(RecordKind.SEGMENT, uid, one.record.segment_id) != op.key
+        ]
         if op.value is not None:
             record = msgspec.msgpack.decode(op.value, type=SegmentRecord)
             entry = self.catalog.by_uid(uid)
@@ -426,29 +426,31 @@ class TableStore:
             self.hot.install(uid, prefix, chunks, base_seq)
 
     def newest(
-        self, entry: CatalogEntry, row_keys: Sequence[bytes], reader: Snapshot | None = None, state: TableState | None = None
+        self,
+        entry: CatalogEntry,
+        row_keys: Sequence[bytes],
+        reader: Snapshot | None = None,
+        state: TableState | None = None,
     ) -> tuple[list[Version | None], Seq]:
         """Newest version of each key over both tiers, tombstones included, and the manifest version seen.
 
-        The hot tier is read first: a row that a flush moves meanwhile is found in the cold one.
+        The hot tier is read first: a row that a flush moves meanwhile is found in the cold one. A hot
+        version does not end the search: a large statement may have written a newer one as a segment.
         """
         uid = entry.definition.uid
         hot = (reader or self.backend.latest()).rows(uid, row_keys)
         state = state or self.state(uid)
         out: list[Version | None] = []
         for key, row in zip(row_keys, hot, strict=True):
-            out.append(Version(row.seq, row.flags, row.payload) if row is not None else self._cold(state, key))
+            newest = Version(row.seq, row.flags, row.payload) if row is not None else None
+            for segment in state.segments:
+                if newest is not None and segment.seq_max < newest.seq:
+                    continue
+                found = self.segments.find(segment, key)
+                if found is not None and (newest is None or found.seq > newest.seq):
+                    newest = Version(found.seq, found.flags, found=found)
+            out.append(newest)
         return out, state.manifest_version
-
-    def _cold(self, state: TableState, key: bytes) -> Version | None:
-        best: Found | None = None
-        for segment in state.segments:
-            if best is not None and segment.seq_max < best.seq:
-                continue
-            found = self.segments.find(segment, key)
-            if found is not None and (best is None or found.seq > best.seq):
-                best = found
-        return None if best is None else Version(best.seq, best.flags, found=best)
 
     def load(self, version: Version, entry: CatalogEntry) -> Row:
         """The row of a live version in the schema version of `entry`."""
@@ -505,7 +507,8 @@ class TableStore:
             left = deadline - self.clock.monotonic_s()
             if left <= 0:
                 raise LimitExceeded(
-                    f"the hot tier holds {used} bytes, at most {self.limits.hot_bytes_max} are allowed (hot.bytes_max), "
+                    f"the hot tier holds {used} bytes, at most {self.limits.hot_bytes_max} "
+                    "are allowed (hot.bytes_max), "
                     f"and flushes did not make room within {self.limits.hot_wait_timeout_s:g} s"
                 )
             with self._room:

@@ -195,15 +195,15 @@ class Transaction:
             raise Closed("the transaction has ended; begin a new one")
         if self._store.clock.monotonic_s() > self._deadline_s:
             self.rollback()
-            raise LimitExceeded(
-                "the transaction was rolled back: it took longer than transaction_timeout_secs allows"
-            )
+            raise LimitExceeded("the transaction was rolled back: it took longer than transaction_timeout_secs allows")
 
     def overlay(self, uid: TableUid, scope: Scope) -> Overlay | None:
         """Own writes of a table and scope."""
         return self._overlays.get((uid, scope))
 
-    def newest(self, entry: CatalogEntry, scope: Scope, keys: Sequence[bytes]) -> tuple[list[Version | Change | None], Seq]:
+    def newest(
+        self, entry: CatalogEntry, scope: Scope, keys: Sequence[bytes]
+    ) -> tuple[list[Version | Change | None], Seq]:
         """Newest version of each key: an own change, or what the snapshot holds; and the manifest version seen."""
         state = self.moment.state(entry)
         versions, _ = self._store.newest(entry, keys, self.moment.snapshot, state)
@@ -282,7 +282,9 @@ def autocommit(store: TableStore, entry: CatalogEntry, decide: Callable[[], Chan
 
 def _altered(entry: CatalogEntry, failed: ExpectationFailed) -> Exception:
     name = entry.definition.table_id
-    return TransactionConflict(f"table '{name}' was altered or dropped, or its user is being erased: {failed}; try again")
+    return TransactionConflict(
+        f"table '{name}' was altered or dropped, or its user is being erased: {failed}; try again"
+    )
 
 
 def _back_off(store: TableStore, attempt: int) -> None:

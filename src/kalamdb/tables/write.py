@@ -146,7 +146,9 @@ class Writer:
             return None
         return self.current([self.key_of_values(values)])[0][0][1]
 
-    def insert(self, rows: Sequence[Row], on_conflict: OnConflict, merge: Merge | None = None, validate: Validate | None = None) -> Written:
+    def insert(
+        self, rows: Sequence[Row], on_conflict: OnConflict, merge: Merge | None = None, validate: Validate | None = None
+    ) -> Written:
         """Insert complete rows; all or none. Raises UniqueViolation for `OnConflict.ERROR`."""
         if validate is not None:
             validate(rows)
@@ -204,7 +206,9 @@ class Writer:
             f"'{self.layout.pk_names()}' of table '{self.entry.definition.table_id}'"
         )
 
-    def update_key(self, values: Sequence[Stored], merge: Callable[[Row], Row | None], validate: Validate | None = None) -> Written:
+    def update_key(
+        self, values: Sequence[Stored], merge: Callable[[Row], Row | None], validate: Validate | None = None
+    ) -> Written:
         """Change the live row of one key; nothing when there is none, or when `merge` gives None or the same row."""
         if any(value is None for value in values):
             return Written(0)
@@ -319,7 +323,12 @@ def insert_columns(
 
 
 def _publish(
-    store: TableStore, entry: CatalogEntry, layout: Layout, rows: pa.Table, scopes: tuple[Scope, ...], on_conflict: OnConflict
+    store: TableStore,
+    entry: CatalogEntry,
+    layout: Layout,
+    rows: pa.Table,
+    scopes: tuple[Scope, ...],
+    on_conflict: OnConflict,
 ) -> int | None:
     """One attempt; None when another writer came in between."""
     with store.frozen() as moment:

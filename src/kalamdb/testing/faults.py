@@ -40,9 +40,7 @@ class Faults:
 class FlakyBackend:
     """A `StorageBackend` around another, with `caps.inline` off and faults drawn from `seed`."""
 
-    def __init__(
-        self, inner: StorageBackend, clock: Clock, *, seed: int = 0, faults: Faults | None = None
-    ) -> None:
+    def __init__(self, inner: StorageBackend, clock: Clock, *, seed: int = 0, faults: Faults | None = None) -> None:
         self.caps = replace(inner.caps, inline=False)
         self.faults = faults or Faults()
         self.inner = inner

@@ -69,9 +69,7 @@ def start(row_: JobRow) -> tuple[JobRow, Events]:
     return msgspec.structs.replace(row_, started_at=1), (("INFO", "Job started"),)
 
 
-def claim(
-    backend: StorageBackend, limit: int = 1, runnable: Callable[[JobRow], bool] = lambda _: True
-) -> list[JobRow]:
+def claim(backend: StorageBackend, limit: int = 1, runnable: Callable[[JobRow], bool] = lambda _: True) -> list[JobRow]:
     """Claim as a runner has to: again when busy."""
     while True:
         try:
@@ -183,19 +181,13 @@ class JobStoreContract:
             with pytest.raises(Internal):
                 commit(
                     backend,
-                    Batch(
-                        rows=[row(1)], jobs=[JobMove(old, None, msgspec.structs.replace(before, status=new))]
-                    ),
+                    Batch(rows=[row(1)], jobs=[JobMove(old, None, msgspec.structs.replace(before, status=new))]),
                 )
             assert stored(backend, before.job_id) == before and payloads(backend) == []
         for status in JobStatus:
-            assert backend.jobs.count(status) == len(
-                backend.jobs.query(JobFilter(statuses=frozenset({status})))
-            )
+            assert backend.jobs.count(status) == len(backend.jobs.query(JobFilter(statuses=frozenset({status}))))
 
-    def test_a_move_from_a_status_or_lease_that_is_not_the_stored_one_is_fenced(
-        self, backend: StorageBackend
-    ) -> None:
+    def test_a_move_from_a_status_or_lease_that_is_not_the_stored_one_is_fenced(self, backend: StorageBackend) -> None:
         insert(backend, job())
         running = claim(backend)[0]
         done = msgspec.structs.replace(running, status=JobStatus.COMPLETED)
@@ -251,9 +243,7 @@ class JobStoreContract:
         )
         commit(store.backend, effect)
         backend = store.reopen()
-        assert (
-            stored(backend, running.job_id).status is JobStatus.COMPLETED and len(payloads(backend)) == 1
-        )
+        assert stored(backend, running.job_id).status is JobStatus.COMPLETED and len(payloads(backend)) == 1
 
     # Claiming
 
@@ -357,24 +347,18 @@ class JobStoreContract:
     def test_observers_hear_of_a_claim(self, backend: StorageBackend) -> None:
         insert(backend, job())
         heard: list[JobStatus] = []
-        backend.observe(
-            lambda batch, _: heard.extend(one.row.status for one in batch.jobs if isinstance(one, JobMove))
-        )
+        backend.observe(lambda batch, _: heard.extend(one.row.status for one in batch.jobs if isinstance(one, JobMove)))
         claim(backend)
         assert heard == [JobStatus.RUNNING]
 
     # Querying
 
     def test_jobs_are_found_by_each_column_of_the_filter(self, backend: StorageBackend) -> None:
-        first = insert(
-            backend, job(job_type="a", queue="q1", idempotency_key="k1", table_uid=1, created_at=10)
-        )
+        first = insert(backend, job(job_type="a", queue="q1", idempotency_key="k1", table_uid=1, created_at=10))
         second = insert(
             backend, job(job_type="b", queue="q2", idempotency_key="k2", table_uid=2, created_at=20, hold=Hold.PAUSED)
         )  # fmt: skip
-        third = move(
-            backend, insert(backend, job(job_type="a", created_at=30)), status=JobStatus.CANCELLED
-        )
+        third = move(backend, insert(backend, job(job_type="a", created_at=30)), status=JobStatus.CANCELLED)
         expected = [
             (JobFilter(), [first, second, third]),
             (JobFilter(job_type="a"), [first, third]),
@@ -457,9 +441,7 @@ class JobStoreContract:
 
     def test_only_ended_jobs_are_deleted_with_their_events(self, store: Store) -> None:
         backend = store.backend
-        ended = move(
-            backend, insert(backend, job(), events=(("INFO", "x"),)), status=JobStatus.CANCELLED
-        )
+        ended = move(backend, insert(backend, job(), events=(("INFO", "x"),)), status=JobStatus.CANCELLED)
         active = insert(backend, job(idempotency_key="k"), events=(("INFO", "y"),))
         assert backend.jobs.delete([ended.job_id, active.job_id, JobId("XX-none"), ended.job_id]) == 1
         jobs = store.reopen().jobs

@@ -88,9 +88,7 @@ def commit(backend: StorageBackend, batch: Batch) -> Commit:
     raise AssertionError(f"the store refused {ATTEMPTS_MAX} times")
 
 
-def hot(
-    reader: Snapshot, table: TableUid = TABLE, scope: Scope | None = None, after_key: bytes = b""
-) -> list[HotRow]:
+def hot(reader: Snapshot, table: TableUid = TABLE, scope: Scope | None = None, after_key: bytes = b"") -> list[HotRow]:
     """All hot versions of a table."""
     return [one for chunk in reader.hot(table, scope, after_key=after_key, chunk_rows=3) for one in chunk]
 
@@ -209,9 +207,7 @@ class StorageContract:
 
     def test_everything_survives_reopening(self, store: Store) -> None:
         meta = record_key(RecordKind.META, "x")
-        done = commit(
-            store.backend, Batch(rows=[row(1), stream_row(3, b"s")], records=[RecordOp(meta, b"r")])
-        )
+        done = commit(store.backend, Batch(rows=[row(1), stream_row(3, b"s")], records=[RecordOp(meta, b"r")]))
         commit(store.backend, Batch(rows=[row(2)], retire=[Retire(TABLE, done.seqs[0])]))
         backend = store.reopen()
         with backend.snapshot() as snapshot:
@@ -227,9 +223,7 @@ class StorageContract:
         assert commit(backend, Batch(rows=[row(1, expect=ABSENT)])).replaced == [0]
 
     @pytest.mark.parametrize("flags", [RowFlags.NONE, RowFlags.DELETED])
-    def test_absent_fails_over_a_hot_version_and_says_which(
-        self, backend: StorageBackend, flags: RowFlags
-    ) -> None:
+    def test_absent_fails_over_a_hot_version_and_says_which(self, backend: StorageBackend, flags: RowFlags) -> None:
         seq = commit(backend, Batch(rows=[row(1, flags=flags)])).seq
         with pytest.raises(ExpectationFailed) as caught:
             commit(backend, Batch(rows=[row(0), row(1, expect=ABSENT)]))
@@ -357,9 +351,7 @@ class StorageContract:
 
     def test_a_snapshot_does_not_change(self, backend: StorageBackend) -> None:
         key = record_key(RecordKind.META, "x")
-        first = commit(
-            backend, Batch(rows=[row(1, b"a"), stream_row(1, b"s")], records=[RecordOp(key, b"1")])
-        )
+        first = commit(backend, Batch(rows=[row(1, b"a"), stream_row(1, b"s")], records=[RecordOp(key, b"1")]))
         with backend.snapshot() as snapshot:
             commit(
                 backend,
@@ -497,9 +489,7 @@ class StorageContract:
             assert late == [b"2b"] and snapshot.buckets(TABLE) == [1, 2] and snapshot.buckets(OTHER) == []
 
     def test_a_bucket_goes_at_once_and_alone(self, backend: StorageBackend) -> None:
-        commit(
-            backend, Batch(rows=[stream_row(bucket, b"%d" % bucket) for bucket in (1, 2, 3)] + [row(1, b"hot")])
-        )
+        commit(backend, Batch(rows=[stream_row(bucket, b"%d" % bucket) for bucket in (1, 2, 3)] + [row(1, b"hot")]))
         commit(backend, Batch(rows=[stream_row(2, b"other", table=OTHER)], delete_buckets=[(TABLE, 2)]))
         with backend.snapshot() as snapshot:
             assert snapshot.buckets(TABLE) == [1, 3] and snapshot.buckets(OTHER) == [2]

@@ -44,6 +44,7 @@ class CompactExecutor(JobExecutor[CompactParams]):
 
 def _message(report: Any) -> str:
     return (
-        f"Compaction completed: {report.inputs} segments into {report.outputs}, {report.rows_before:,} rows into {report.rows_after:,}, "
+        f"Compaction completed: {report.inputs} segments into {report.outputs}, "
+        f"{report.rows_before:,} rows into {report.rows_after:,}, "
         f"{report.bytes_before / 1e6:.1f} MB into {report.bytes_after / 1e6:.1f} MB"
     )

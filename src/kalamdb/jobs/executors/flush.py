@@ -42,4 +42,7 @@ class FlushExecutor(JobExecutor[FlushParams]):
 
 
 def _message(report: Any) -> str:
-    return f"Flushed {report.rows:,} rows of {report.users:,} users into {report.segments} segment ({report.bytes / 1e6:.1f} MB)"
+    return (
+        f"Flushed {report.rows:,} rows of {report.users:,} users into {report.segments} segment "
+        f"({report.bytes / 1e6:.1f} MB)"
+    )
