@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import IntFlag, StrEnum
+from enum import IntEnum, StrEnum
 from typing import NewType
 
 TableUid = NewType("TableUid", int)
@@ -47,7 +47,7 @@ class AccessLevel(StrEnum):
     DBA = "dba"
 
 
-class RowFlags(IntFlag):
+class RowFlags(IntEnum):
     """Flags of one row version."""
 
     NONE = 0

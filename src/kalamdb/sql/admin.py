@@ -20,7 +20,7 @@ from kalamdb.storage.jobs import JobInsert
 from kalamdb.tables.layout import read_payload
 from kalamdb.tables.store import TableStore
 from kalamdb.tables.write import Defaults
-from kalamdb.types import Role, TableId, TableKind
+from kalamdb.types import Role, RowFlags, TableId, TableKind
 
 
 class Jobs(Protocol):
@@ -210,7 +210,7 @@ class Admin:
             elif segment.record.column_stats.get(layout.columns[at].id, (None, None, -1))[2] != 0:
                 return True
         with self._store.backend.snapshot() as snapshot:
-            rows = (row for chunk in snapshot.hot(definition.uid) for row in chunk if not row.flags & 1)
+            rows = (row for chunk in snapshot.hot(definition.uid) for row in chunk if not row.flags & RowFlags.DELETED)
             return any(read_payload(row.payload, layout_of, layout)[at] is None for row in rows)
 
     def _drop_table(self, statement: st.DropTable, caller: Caller) -> Result:

@@ -231,7 +231,7 @@ class Rows:
             found, manifest = self._reader.changes_of(
                 entry, statement.alias, expressions, statement.where, statement.tables, caller, transaction
             )
-            group = ChangeGroup(entry, writer.scope, manifest)
+            group = ChangeGroup(entry, (writer.scope,), manifest)
             keys_, seqs = found.column(KEY).to_pylist(), found.column(SEQ).to_pylist()
             stored = _stored_rows(layout, found)
             fresh = _coerced(layout, found, targets)
@@ -270,7 +270,7 @@ class Rows:
                 entry, statement.alias, (), statement.where, statement.tables, caller, transaction
             )
             rows[:] = _stored_rows(layout, found)
-            group = ChangeGroup(entry, writer.scope, manifest)
+            group = ChangeGroup(entry, (writer.scope,), manifest)
             for key, seq, row in zip(found.column(KEY).to_pylist(), found.column(SEQ).to_pylist(), rows, strict=True):
                 group.changes.append(Change(key, None, seq, row))
             return group

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from typing import Final, Protocol
 
+import msgspec
+
 from kalamdb.errors import Conflict, KalamDbError, LeaseLost, Unavailable
 from kalamdb.storage import keys
 from kalamdb.storage.jobs import JobFence, JobInsert, JobMove, JobStore
@@ -72,7 +74,7 @@ class ExpectationFailed(Conflict):
         what: str,
         index: int = -1,
         found: Seq = 0,
-        found_flags: RowFlags = RowFlags.NONE,
+        found_flags: int = RowFlags.NONE,
         table: TableUid | None = None,
         key: bytes = b"",
     ) -> None:
@@ -166,27 +168,25 @@ class Caps:
     snapshot_age_max_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(msgspec.Struct, frozen=True, gc=False):
     """A stored record; `version` is the `_seq` of the commit that wrote it."""
 
     version: Seq
     value: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class HotRow:
+class HotRow(msgspec.Struct, frozen=True, gc=False):
     """The newest hot version of a row. `payload` is opaque to the store."""
 
     key: bytes
     """Row key: hash, scope and primary key (`storage.keys.row_key`)."""
     seq: Seq
-    flags: RowFlags
+    flags: int
+    """Bits of RowFlags."""
     payload: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class StreamRow:
+class StreamRow(msgspec.Struct, frozen=True, gc=False):
     """One row of a STREAM table."""
 
     scope: Scope
@@ -194,8 +194,7 @@ class StreamRow:
     payload: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class RowOp:
+class RowOp(msgspec.Struct, frozen=True, gc=False):
     """Write one version of a row.
 
     `expect` is about the newest version, hot or cold: its `_seq`, ABSENT or ANY. The store refuses a
@@ -207,13 +206,12 @@ class RowOp:
     table: TableUid
     key: bytes
     payload: bytes
-    flags: RowFlags = RowFlags.NONE
+    flags: int = RowFlags.NONE
     expect: Seq = ANY
     bucket: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class RecordOp:
+class RecordOp(msgspec.Struct, frozen=True, gc=False):
     """Put (`value`), delete (`value=None`) or only check (`check=True`) one record.
 
     `expect`: the record's version, ABSENT, PRESENT or ANY.

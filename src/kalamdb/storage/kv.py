@@ -50,7 +50,7 @@ from kalamdb.storage import (
 from kalamdb.storage.job_index import JobIndex
 from kalamdb.storage.jobs import JobRow
 from kalamdb.storage.ordered import KvReader, OrderedKv, Range, Write
-from kalamdb.types import JobId, RowFlags, Scope, Seq, TableUid
+from kalamdb.types import JobId, Scope, Seq, TableUid
 
 
 class Space(IntEnum):
@@ -208,7 +208,7 @@ def _hot_row(key: bytes, value: bytes | None, watermark: Seq) -> HotRow | None:
     if value is None:
         return None
     seq, flags = _ROW_HEADER.unpack_from(value)
-    return HotRow(key, seq, RowFlags(flags), value[9:]) if seq > watermark else None
+    return HotRow(key, seq, flags, value[9:]) if seq > watermark else None
 
 
 class KvBackend:
@@ -299,19 +299,26 @@ class KvBackend:
             known = self._known_outcome(batch.idempotency_key)
             if known is not None:
                 return known
-            found = self._check(batch)
+            row_keys = _stored_keys(batch.rows)
+            found = self._check(batch, row_keys)
             first = max(seq_at_ms(self._clock.now_ms()) | self._node_bits, self._last + 1)
             seqs = range(first, first + len(batch.rows))
             seq = max(first, first + len(batch.rows) + batch.reserve - 1)
             staged = self._jobs.stage(batch.jobs, jobs)
             writes: list[Write] = [*staged.writes, *extra]
-            replaced = self._stage_rows(batch.rows, seqs, found, writes)
-            for op in batch.records:
-                if not op.check:
-                    writes.append((_RECORD + op.key, None if op.value is None else _NUMBER.pack(seq) + op.value))
+            for op, key, seq_ in zip(batch.rows, row_keys, seqs, strict=True):
+                if op.bucket is None:
+                    writes.append((key, _ROW_HEADER.pack(seq_, op.flags) + op.payload))
+                else:
+                    writes.append((key + _NUMBER.pack(seq_), op.payload))
+            for change in batch.records:
+                if not change.check:
+                    writes.append(
+                        (_RECORD + change.key, None if change.value is None else _NUMBER.pack(seq) + change.value)
+                    )
             for retire in batch.retire:
                 self._stage_retire(retire, seq, writes)
-            commit = Commit(seq, seqs, replaced, tuple(staged.ids))
+            commit = Commit(seq, seqs, found, tuple(staged.ids))
             if batch.idempotency_key is not None:
                 self._stage_outcome(batch.idempotency_key, commit, writes)
             writes.append((_LAST_SEQ, _NUMBER.pack(seq)))
@@ -449,10 +456,11 @@ class KvBackend:
             self._fail(str(exc))
             raise
 
-    def _check(self, batch: Batch) -> list[Seq]:
-        """Expectations of the batch; returns the stored `_seq` of each row, 0 for none."""
-        for op in batch.records:
-            self._check_record(op)
+    def _check(self, batch: Batch, row_keys: Sequence[bytes]) -> list[Seq]:
+        """Expectations of the batch; returns the `_seq` of each row's hot version, 0 for none."""
+        checked = [op for op in batch.records if op.expect != ANY]
+        for op, stored in zip(checked, self._kv.get_many([_RECORD + op.key for op in checked]), strict=True):
+            _check_record(op, stored)
         for table, since in batch.quiet:
             head = self._heads.get(table, self._opened_at)
             if head > since:
@@ -466,48 +474,35 @@ class KvBackend:
                     f"the watermark of table {retire.table} cannot move from {current} to {retire.watermark} "
                     f"(the last seq is {self._last})"
                 )
-        return self._check_rows(batch) if batch.rows else []
+        return self._check_rows(batch, row_keys) if batch.rows else []
 
-    def _check_record(self, op: RecordOp) -> None:
-        if op.expect == ANY:
-            return
-        stored = self._kv.get(_RECORD + op.key)
-        version = _NUMBER.unpack_from(stored)[0] if stored is not None else ABSENT
-        holds = version != ABSENT if op.expect == PRESENT else version == op.expect
-        if not holds:
-            kind = RecordKind(op.key[0]).name.lower()
-            raise ExpectationFailed(
-                f"a {kind} record is at version {version}, expected {_expected(op.expect)}",
-                what="record", key=op.key, found=version,
-            )  # fmt: skip
-
-    def _check_rows(self, batch: Batch) -> list[Seq]:
-        checked = [(at, op) for at, op in enumerate(batch.rows) if op.bucket is None]
-        if len({(op.table, op.key) for _, op in checked}) != len(checked):
+    def _check_rows(self, batch: Batch, row_keys: Sequence[bytes]) -> list[Seq]:
+        checked = [at for at, op in enumerate(batch.rows) if op.bucket is None]
+        wanted = [row_keys[at] for at in checked] if len(checked) < len(row_keys) else row_keys
+        if len(set(wanted)) != len(wanted):
             raise Internal("a batch writes one row twice")
-        stored = self._kv.get_many([_ROW + _table_key(op.table) + op.key for _, op in checked])
-        manifests: dict[TableUid, Seq] = {}
+        current: set[TableUid] = set()
         found: list[Seq] = [0] * len(batch.rows)
-        for (at, op), value in zip(checked, stored, strict=True):
+        for at, value in zip(checked, self._kv.get_many(wanted), strict=True):
+            op = batch.rows[at]
             if value is not None:
                 seq, flags = _ROW_HEADER.unpack_from(value)
                 if seq > self._watermarks.get(op.table, 0):
                     found[at] = seq
-                    if op.expect != ANY and seq > op.expect:
+                    if seq > op.expect != ANY:
                         raise ExpectationFailed(
                             f"a row is at version {seq}, expected {_expected(op.expect)}",
-                            what="row", index=at, found=seq, found_flags=RowFlags(flags), table=op.table,
+                            what="row", index=at, found=seq, found_flags=flags, table=op.table,
                         )  # fmt: skip
-            if op.expect != ANY:
-                # A hot version may be older than a cold one: large statements write segments. So the
-                # manifest under which the newest version was found must hold for every row.
-                if op.table not in manifests:
-                    manifests[op.table] = self._manifest(op.table)
-                if manifests[op.table] != batch.manifests.get(op.table, 0):
+            # A hot version may be older than a cold one: large statements write segments. So the
+            # manifest under which the newest version was found must hold for every row.
+            if op.expect != ANY and op.table not in current:
+                if self._manifest(op.table) != batch.manifests.get(op.table, 0):
                     raise ExpectationFailed(
                         f"the segments of table {op.table} changed since the row was looked up",
                         what="manifest", index=at, table=op.table,
                     )  # fmt: skip
+                current.add(op.table)
         return found
 
     def _manifest(self, uid: TableUid) -> Seq:
@@ -515,19 +510,6 @@ class KvBackend:
         return _NUMBER.unpack_from(stored)[0] if stored is not None else 0
 
     # Staging
-
-    def _stage_rows(
-        self, rows: Sequence[RowOp], seqs: Sequence[Seq], found: Sequence[Seq], writes: list[Write]
-    ) -> list[Seq]:
-        replaced = [0] * len(rows)
-        for at, (op, seq) in enumerate(zip(rows, seqs, strict=True)):
-            if op.bucket is not None:
-                key = _STREAM + _table_key(op.table) + _NUMBER.pack(op.bucket) + op.key + _NUMBER.pack(seq)
-                writes.append((key, op.payload))
-                continue
-            writes.append((_ROW + _table_key(op.table) + op.key, _ROW_HEADER.pack(seq, op.flags) + op.payload))
-            replaced[at] = found[at]
-        return replaced
 
     def _stage_retire(self, retire: Retire, seq: Seq, writes: list[Write]) -> None:
         for kind, value in ((RecordKind.WATERMARK, _NUMBER.pack(retire.watermark)), (RecordKind.REMOVAL, b"")):
@@ -569,6 +551,28 @@ class KvBackend:
             return None
         seq, seqs, replaced, jobs = msgspec.msgpack.decode(stored[8:])
         return Commit(seq, seqs, replaced, tuple(jobs))
+
+
+def _stored_keys(rows: Sequence[RowOp]) -> list[bytes]:
+    """Where each row is stored; that of a stream row lacks its `_seq`."""
+    prefixes = {uid: _ROW + _table_key(uid) for uid in {op.table for op in rows}}
+    return [
+        prefixes[op.table] + op.key
+        if op.bucket is None
+        else _STREAM + _table_key(op.table) + _NUMBER.pack(op.bucket) + op.key
+        for op in rows
+    ]
+
+
+def _check_record(op: RecordOp, stored: bytes | None) -> None:
+    version = _NUMBER.unpack_from(stored)[0] if stored is not None else ABSENT
+    holds = version != ABSENT if op.expect == PRESENT else version == op.expect
+    if not holds:
+        kind = RecordKind(op.key[0]).name.lower()
+        raise ExpectationFailed(
+            f"a {kind} record is at version {version}, expected {_expected(op.expect)}",
+            what="record", key=op.key, found=version,
+        )  # fmt: skip
 
 
 def _deleted_ranges(batch: Batch) -> list[Range]:

@@ -173,7 +173,7 @@ def _publish_checked(
             batch = Batch(jobs=list(jobs), names_files=True)
             for (draft, names, record), watch, state in zip(written, watches, states, strict=True):
                 batch.quiet.append((draft.entry.definition.uid, max(base, _check_watch(store, draft, watch))))
-                checks = {op.key: op for scope in draft.scopes for op in store.preconditions(draft.entry, scope)}
+                checks = {op.key: op for op in store.preconditions(draft.entry, draft.scopes)}
                 batch.hints.update((draft.entry.definition.uid, scope) for scope in draft.scopes)
                 batch.records += checks.values()
                 batch.records += publish(store, draft.entry, [record], names, manifest=state.manifest_version)

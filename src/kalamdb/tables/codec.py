@@ -81,6 +81,22 @@ def physical_type(kind: DataType) -> pa.DataType:
             assert_never(kind.name)
 
 
+def _key_encoder(kind: DataType) -> Callable[[Any], bytes]:
+    match kind.name:
+        case TypeName.BOOLEAN:
+            return lambda stored: b"\x01" if stored else b"\x00"
+        case TypeName.DECIMAL:
+            return lambda stored: keys.encode_wide_int(int(Decimal(str(stored)).scaleb(kind.scale)))
+        case TypeName.FLOAT | TypeName.DOUBLE:
+            return keys.encode_float
+        case TypeName.BYTES:
+            return keys.encode_bytes
+        case TypeName.TEXT | TypeName.UUID:
+            return keys.encode_text
+        case _:
+            return keys.encode_int
+
+
 class ValueCodec:
     """Conversions of one data type. Stateless; get one from `codec_of`."""
 
@@ -89,6 +105,8 @@ class ValueCodec:
         self.physical = physical_type(kind)
         self._encode = _ENCODERS[kind.name]
         self._decode = _DECODERS.get(kind.name)
+        self.key_bytes = _key_encoder(kind)
+        """Order-preserving bytes of a primary key value in stored form."""
 
     def store(self, value: object, *, where: str) -> Stored:
         """Python value to stored form; `where` names the column in errors. Raises InvalidRequest."""
@@ -106,26 +124,6 @@ class ValueCodec:
         if stored is None or self._decode is None:
             return stored
         return self._decode(stored)
-
-    def key_bytes(self, stored: Stored) -> bytes:
-        """Order-preserving bytes of a primary key value."""
-        match self.kind.name:
-            case TypeName.BOOLEAN:
-                return b"\x01" if stored else b"\x00"
-            case TypeName.DECIMAL:
-                return keys.encode_wide_int(int(Decimal(str(stored)).scaleb(self.kind.scale)))
-            case TypeName.FLOAT | TypeName.DOUBLE:
-                assert isinstance(stored, float)
-                return keys.encode_float(stored)
-            case TypeName.BYTES:
-                assert isinstance(stored, bytes)
-                return keys.encode_bytes(stored)
-            case TypeName.TEXT | TypeName.UUID:
-                assert isinstance(stored, str)
-                return keys.encode_text(stored)
-            case _:
-                assert isinstance(stored, int)
-                return keys.encode_int(stored)
 
     def to_arrow(self, stored: Sequence[Stored]) -> pa.Array:
         """A column of stored values as an Arrow array of the physical type."""

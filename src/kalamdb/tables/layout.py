@@ -140,7 +140,7 @@ def rows_to_batch(rows: Sequence[HotRow], layout_of: LayoutOf, wanted: Layout) -
     arrays = [
         pa.array([row.key for row in rows], pa.binary()),
         pa.array([row.seq for row in rows], pa.int64()),
-        pa.array([int(row.flags) for row in rows], pa.uint8()),
+        pa.array([row.flags for row in rows], pa.uint8()),
         *wanted.arrow_columns(values),
     ]
     return pa.RecordBatch.from_arrays(arrays, schema=wanted.schema)

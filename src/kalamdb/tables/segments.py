@@ -334,15 +334,14 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, (bool, int, float, str)) or value is None else str(value)
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
+class Found(msgspec.Struct, frozen=True, gc=False):
     """The version of a key that a segment holds."""
 
     segment: Segment
     row_group: int
     position: int
     seq: Seq
-    flags: RowFlags
+    flags: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -520,7 +519,7 @@ class SegmentCache:
         position = bisect_left(_KeyView(index.keys), key)
         if position == len(index.keys) or index.keys[position].as_py() != key:
             return None
-        return Found(segment, group, position, int(index.seqs[position]), RowFlags(int(index.flags[position])))
+        return Found(segment, group, position, int(index.seqs[position]), int(index.flags[position]))
 
     def find_many(self, segment: Segment, column: pa.ChunkedArray) -> Iterator[tuple[int, Found]]:
         """(index, version) of the keys of a sorted key column that this segment holds."""
@@ -535,7 +534,7 @@ class SegmentCache:
             positions = pc.index_in(column.slice(first, last - first), value_set=index.keys).to_pylist()
             for offset, position in enumerate(positions):
                 if position is not None:
-                    flags = RowFlags(int(index.flags[position]))
+                    flags = int(index.flags[position])
                     yield first + offset, Found(segment, group, position, int(index.seqs[position]), flags)
 
     def row(self, found: Found) -> pa.Table:

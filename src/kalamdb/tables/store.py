@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -104,12 +104,11 @@ class HotFigures:
         self.oldest_ms = self.commits[0][3] if self.commits else 0
 
 
-@dataclass(frozen=True, slots=True)
-class Version:
+class Version(msgspec.Struct, frozen=True, gc=False):
     """The newest version of a key, hot or cold."""
 
     seq: Seq
-    flags: RowFlags
+    flags: int
     payload: bytes | None = None
     found: Found | None = None
 
@@ -274,20 +273,18 @@ class TableStore:
                 self._room.notify_all()
 
     def _apply_rows(self, batch: Batch, commit: Commit) -> None:
-        added: dict[TableUid, list[int]] = {}
-        for op, seq, replaced in zip(batch.rows, commit.seqs, commit.replaced, strict=True):
-            if op.bucket is not None:
-                continue
-            figures = self.figures(op.table)
-            counted = added.setdefault(op.table, [0, 0])
-            counted[0] += replaced <= figures.flush_seq
-            counted[1] += len(op.payload) + _ROW_OVERHEAD
-            if self.hot.wants(op.table):
-                row = HotRow(op.key, seq, op.flags, op.payload)
-                self.hot.add(op.table, _prefix_of(op.key), row, replaced)
         now_ms = self.clock.now_ms()
-        for uid, (rows, bytes_) in added.items():
-            self.figures(uid).add(commit.seq, rows, bytes_, now_ms)
+        for uid in {op.table for op in batch.rows if op.bucket is None}:
+            figures, cached = self.figures(uid), self.hot.wants(uid)
+            rows = bytes_ = 0
+            for op, seq, replaced in zip(batch.rows, commit.seqs, commit.replaced, strict=True):
+                if op.table != uid or op.bucket is not None:
+                    continue
+                rows += replaced <= figures.flush_seq
+                bytes_ += len(op.payload) + _ROW_OVERHEAD
+                if cached:
+                    self.hot.add(uid, _prefix_of(op.key), HotRow(op.key, seq, op.flags, op.payload), replaced)
+            figures.add(commit.seq, rows, bytes_, now_ms)
         for watch in self._watches:
             watch.note(batch, commit)
 
@@ -464,11 +461,12 @@ class TableStore:
 
     # Committing
 
-    def preconditions(self, entry: CatalogEntry, scope: Scope) -> list[RecordOp]:
-        """What must hold for a row batch: the table lives in this schema version, its user is not being erased."""
+    def preconditions(self, entry: CatalogEntry, scopes: Iterable[Scope]) -> list[RecordOp]:
+        """What must hold for a row batch: the table lives in this schema version, no user of it is being erased."""
         checks = [RecordOp(record_key(RecordKind.TABLE, entry.definition.uid), expect=entry.record_version, check=True)]
-        if scope != SHARED_SCOPE:
-            checks.append(RecordOp(record_key(RecordKind.ERASING, scope), expect=ABSENT, check=True))
+        for scope in scopes:
+            if scope != SHARED_SCOPE:
+                checks.append(RecordOp(record_key(RecordKind.ERASING, scope), expect=ABSENT, check=True))
         return checks
 
     def alive(self, uid: TableUid) -> RecordOp:

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import msgspec
 import pyarrow as pa
 
 from kalamdb.catalog import CatalogEntry
@@ -21,12 +22,12 @@ from kalamdb.tables.store import Moment, TableStore, Version
 from kalamdb.types import RowFlags, Scope, Seq, TableKind, TableUid
 
 _CHANGE_OVERHEAD = 256
+_MARK, _TOMBSTONE = int(RowFlags.SUPERSEDES), int(RowFlags.DELETED)
 _INFINITE = (1 << 63) - 1
 """`_seq` of marks that hide every committed version."""
 
 
-@dataclass(frozen=True, slots=True)
-class Change:
+class Change(msgspec.Struct, frozen=True, gc=False):
     """Write `row` under `key`, or delete the key when `row` is None. `expect` is the newest version now."""
 
     key: bytes
@@ -36,18 +37,17 @@ class Change:
     """For a delete: the row that goes."""
 
     @property
-    def flags(self) -> RowFlags:
-        """Flags of the version that this change makes."""
-        mark = RowFlags.NONE if self.expect == ABSENT else RowFlags.SUPERSEDES
-        return mark | (RowFlags.DELETED if self.row is None else RowFlags.NONE)
+    def flags(self) -> int:
+        """Bits of RowFlags of the version that this change makes."""
+        return (0 if self.expect == ABSENT else _MARK) | (_TOMBSTONE if self.row is None else 0)
 
 
 @dataclass(slots=True)
 class ChangeGroup:
-    """Changes of one table for one scope, decided under one manifest version."""
+    """Changes of one table for some scopes (one, inside a transaction), decided under one manifest version."""
 
     entry: CatalogEntry
-    scope: Scope
+    scopes: tuple[Scope, ...]
     manifest_version: Seq
     changes: list[Change] = field(default_factory=list)
 
@@ -76,8 +76,8 @@ def commit_groups(
         layout = store.layout(group.entry.definition)
         uid = group.entry.definition.uid
         batch.manifests[uid] = min(batch.manifests.get(uid, group.manifest_version), group.manifest_version)
-        batch.hints.add((uid, group.scope))
-        for check in store.preconditions(group.entry, group.scope):
+        batch.hints.update((uid, scope) for scope in group.scopes)
+        for check in store.preconditions(group.entry, group.scopes):
             checks[check.key] = check
         batch.rows += [
             RowOp(
@@ -131,12 +131,12 @@ def _draft(store: TableStore, group: ChangeGroup) -> SegmentDraft:
     arrays = [
         pa.array([change.key for change in ordered], pa.binary()),
         pa.array(range(1, len(ordered) + 1), pa.int64()),
-        pa.array([int(change.flags) for change in ordered], pa.uint8()),
+        pa.array([change.flags for change in ordered], pa.uint8()),
         *layout.arrow_columns([_stored(layout, change) for change in ordered]),
     ]
     table = pa.Table.from_arrays(arrays, schema=layout.schema)
     expected = {index: change.expect for index, change in enumerate(ordered) if change.expect != ABSENT}
-    return SegmentDraft(group.entry, (group.scope,), table, expected)
+    return SegmentDraft(group.entry, group.scopes, table, expected)
 
 
 class Overlay:
@@ -217,10 +217,11 @@ class Transaction:
         """Add changes to the overlay. Raises LimitExceeded beyond max_transaction_buffer_bytes."""
         self.check_open()
         uid = group.entry.definition.uid
-        overlay = self._overlays.get((uid, group.scope))
+        [scope] = group.scopes
+        overlay = self._overlays.get((uid, scope))
         if overlay is None:
-            empty = ChangeGroup(group.entry, group.scope, group.manifest_version)
-            overlay = self._overlays[(uid, group.scope)] = Overlay(empty)
+            empty = ChangeGroup(group.entry, group.scopes, group.manifest_version)
+            overlay = self._overlays[(uid, scope)] = Overlay(empty)
         elif overlay.group.entry.record_version != group.entry.record_version:
             raise TransactionConflict(
                 f"table '{group.entry.definition.table_id}' was altered during the transaction; run it again"

@@ -161,7 +161,7 @@ class Writer:
         def decide() -> ChangeGroup:
             written.clear()
             current, manifest = self.current(row_keys)
-            group = ChangeGroup(self.entry, self.scope, manifest)
+            group = ChangeGroup(self.entry, (self.scope,), manifest)
             for key, row, (seq, stored) in zip(row_keys, rows, current, strict=True):
                 merged = self._resolve(row, stored, on_conflict, merge)
                 if merged is not None:
@@ -218,7 +218,7 @@ class Writer:
         def decide() -> ChangeGroup:
             written.clear()
             [(seq, stored)], manifest = self.current([key])
-            group = ChangeGroup(self.entry, self.scope, manifest)
+            group = ChangeGroup(self.entry, (self.scope,), manifest)
             merged = merge(stored) if stored is not None else None
             if merged is not None and merged != stored:
                 if validate is not None:
@@ -240,7 +240,7 @@ class Writer:
         def decide() -> ChangeGroup:
             removed.clear()
             [(seq, stored)], manifest = self.current([key])
-            group = ChangeGroup(self.entry, self.scope, manifest)
+            group = ChangeGroup(self.entry, (self.scope,), manifest)
             if stored is not None and wanted(stored):
                 group.changes.append(Change(key, None, seq, stored))
                 removed.append(stored)
@@ -273,7 +273,7 @@ class Writer:
         self.store.wait_for_room()
         batch = Batch(
             rows=[RowOp(uid, self._prefix, self.layout.payload(row), bucket=bucket) for row in rows],
-            records=self.store.preconditions(self.entry, self.scope),
+            records=self.store.preconditions(self.entry, (self.scope,)),
             hints={(uid, self.scope)},
         )
         self.store.commit(batch)
@@ -375,14 +375,13 @@ def _insert_hot(
     )
     if len(set(row_keys)) != len(row_keys):
         raise UniqueViolation(f"the rows hold a primary key of '{entry.definition.table_id}' twice")
-    written = 0
 
-    def decide() -> list[ChangeGroup]:
-        nonlocal written
+    distinct = tuple(dict.fromkeys(scopes))
+
+    def decide() -> ChangeGroup:
         versions, manifest = store.newest(entry, row_keys)
-        groups: dict[Scope, ChangeGroup] = {}
-        written = 0
-        for at, (key, row, version) in enumerate(zip(row_keys, rows, versions, strict=True)):
+        group = ChangeGroup(entry, distinct, manifest)
+        for key, row, version in zip(row_keys, rows, versions, strict=True):
             if version is not None and version.is_live:
                 if on_conflict is OnConflict.ERROR:
                     raise UniqueViolation(
@@ -391,18 +390,14 @@ def _insert_hot(
                     )
                 if on_conflict is OnConflict.IGNORE:
                     continue
-            scope = scopes[at] if len(scopes) > 1 else scopes[0]
-            group = groups.get(scope)
-            if group is None:
-                group = groups[scope] = ChangeGroup(entry, scope, manifest)
             group.changes.append(Change(key, row, version.seq if version is not None else ABSENT))
-            written += 1
-        return list(groups.values())
+        return group
 
     for _ in range(store.limits.conflict_retries):
+        group = decide()
         try:
-            commit_groups(store, decide())
-            return written
+            commit_groups(store, [group])
+            return len(group.changes)
         except ExpectationFailed as failed:
             if failed.what == "record":
                 raise
