@@ -136,12 +136,21 @@ def read_payload(payload: bytes, layout_of: LayoutOf, wanted: Layout) -> Row:
 
 def rows_to_batch(rows: Sequence[HotRow], layout_of: LayoutOf, wanted: Layout) -> pa.RecordBatch:
     """Hot rows, in their order, as a batch in the segment schema of `wanted`."""
-    values = [read_payload(row.payload, layout_of, wanted) for row in rows]
+    try:
+        decoded = [_decoder.decode(row.payload) for row in rows]
+    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+        raise Corrupt(f"a hot row cannot be decoded: {exc}") from exc
+    versions = {values[0] for values in decoded}
+    if versions <= {wanted.version}:
+        columns = list(zip(*decoded, strict=True))[1:] or [()] * len(wanted.codecs)
+    else:
+        upgraded = [upgrade_row(values[1:], layout_of(values[0]), wanted) for values in decoded]
+        columns = list(zip(*upgraded, strict=True))
     arrays = [
         pa.array([row.key for row in rows], pa.binary()),
         pa.array([row.seq for row in rows], pa.int64()),
         pa.array([row.flags for row in rows], pa.uint8()),
-        *wanted.arrow_columns(values),
+        *(codec.to_arrow(values) for codec, values in zip(wanted.codecs, columns, strict=True)),
     ]
     return pa.RecordBatch.from_arrays(arrays, schema=wanted.schema)
 
