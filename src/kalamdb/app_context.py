@@ -17,6 +17,8 @@ from kalamdb.jobs import JobRegistry, UnifiedJobManager
 from kalamdb.jobs.executors.cleanup import CleanupExecutor
 from kalamdb.jobs.executors.compact import CompactExecutor
 from kalamdb.jobs.executors.flush import FlushExecutor
+from kalamdb.jobs.executors.retention import RetentionExecutor
+from kalamdb.jobs.executors.stream_eviction import StreamEvictionExecutor
 from kalamdb.jobs.log import JobLogFile
 from kalamdb.jobs.manager import JobRequest
 from kalamdb.jobs.scheduler import Schedulers
@@ -131,6 +133,8 @@ class AppContext:
         registry.register(FlushExecutor())
         registry.register(CompactExecutor())
         registry.register(CleanupExecutor())
+        registry.register(RetentionExecutor())
+        registry.register(StreamEvictionExecutor())
         return registry
 
     def _make_jobs(self, path: Path | None) -> UnifiedJobManager:

@@ -138,6 +138,9 @@ class RecordKind(IntEnum):
     USER = 16
     AUDIT = 17
     VIEW = 18
+    ERASED = 19
+    """uid -> rows of a scope were erased from the hot tier; moves with each erasure, so that a flush whose
+    snapshot is older does not publish them."""
 
 
 def record_key(kind: RecordKind, *parts: str | int) -> bytes:
@@ -248,6 +251,8 @@ class Batch:
     """All hot rows and stream rows of these tables go, by one range delete each."""
     delete_buckets: list[tuple[TableUid, int]] = field(default_factory=list)
     """STREAM buckets that go: (table, bucket) removes that bucket, by range delete."""
+    delete_scopes: list[tuple[TableUid, Scope]] = field(default_factory=list)
+    """All hot rows and stream rows of a scope of a table go, by range delete."""
     jobs: list[JobInsert | JobMove | JobFence] = field(default_factory=list)
     quiet: list[tuple[TableUid, Seq]] = field(default_factory=list)
     """No hot row of the table was written after that `_seq`; else ExpectationFailed(what="quiet").
@@ -262,7 +267,8 @@ class Batch:
 
     def is_empty(self) -> bool:
         """Whether committing would change nothing and check nothing."""
-        return not (self.rows or self.retire or self.records or self.delete_tables or self.delete_buckets or self.jobs)
+        deletes = self.delete_tables or self.delete_buckets or self.delete_scopes
+        return not (self.rows or self.retire or self.records or deletes or self.jobs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -375,6 +381,11 @@ class StorageBackend(Protocol):
 
     def remove_retired(self, rows_max: int = 1000) -> bool:
         """Physically remove up to `rows_max` hot versions at or below a watermark; True if more remain."""
+        ...
+
+    def purge(self, tables: Sequence[TableUid]) -> None:
+        """Rewrite the store's files so that no replaced, deleted or retired row of `tables` is left in
+        them. Idempotent. Blocks for the disk; what a reader holds open goes when it ends."""
         ...
 
     def head(self) -> Seq:

@@ -323,7 +323,7 @@ class KvBackend:
                 self._stage_outcome(batch.idempotency_key, commit, writes)
             writes.append((_LAST_SEQ, _NUMBER.pack(seq)))
             assert seq > self._last
-            self._write(writes, _deleted_ranges(batch))
+            self._write(writes, self._deleted_ranges(batch))
             self._last = seq
             self._jobs.apply(staged)
             self._follow(batch, commit)
@@ -405,6 +405,13 @@ class KvBackend:
         self._write([*writes, (_RECORD + record_key(RecordKind.REMOVAL, uid), None)], ranges)
         del self._removals[uid]
         return bool(self._removals)
+
+    def purge(self, tables: Sequence[TableUid]) -> None:
+        """See StorageBackend."""
+        self._check_writable()
+        while any(uid in self._removals for uid in tables):
+            self.remove_retired()
+        self._kv.purge([range_ for uid in tables for range_ in _table_ranges(uid)])
 
     def stats(self) -> Mapping[str, int]:
         """See StorageBackend."""
@@ -515,6 +522,23 @@ class KvBackend:
         for kind, value in ((RecordKind.WATERMARK, _NUMBER.pack(retire.watermark)), (RecordKind.REMOVAL, b"")):
             writes.append((_RECORD + record_key(kind, retire.table), _NUMBER.pack(seq) + value))
 
+    def _deleted_ranges(self, batch: Batch) -> list[Range]:
+        ranges: list[Range] = []
+        for uid in batch.delete_tables:
+            ranges += _table_ranges(uid)
+        for uid, bucket in batch.delete_buckets:
+            prefix = _STREAM + _table_key(uid)
+            ranges.append((prefix + _NUMBER.pack(bucket), prefix + _NUMBER.pack(bucket + 1)))
+        for uid, scope in batch.delete_scopes:
+            start = keys.scope_prefix(scope)
+            end = keys.prefix_end(start)
+            ranges.append(_row_range(uid, start, end))
+            for bucket in self.latest().buckets(uid):
+                prefix = _STREAM + _table_key(uid) + _NUMBER.pack(bucket)
+                assert end is not None
+                ranges.append((prefix + start, prefix + end))
+        return ranges
+
     def _follow(self, batch: Batch, commit: Commit) -> None:
         self._commits += 1
         for op in batch.rows:
@@ -575,20 +599,6 @@ def _check_record(op: RecordOp, stored: bytes | None) -> None:
         )  # fmt: skip
 
 
-def _deleted_ranges(batch: Batch) -> list[Range]:
-    ranges: list[Range] = []
-    for uid in batch.delete_tables:
-        for space in (_ROW, _STREAM):
-            prefix = space + _table_key(uid)
-            end = keys.prefix_end(prefix)
-            assert end is not None
-            ranges.append((prefix, end))
-    for uid, bucket in batch.delete_buckets:
-        prefix = _STREAM + _table_key(uid)
-        ranges.append((prefix + _NUMBER.pack(bucket), prefix + _NUMBER.pack(bucket + 1)))
-    return ranges
-
-
 def _refused(cause: str) -> Unavailable:
     return Unavailable(
         f"writes are refused since a commit failed: {cause}; mend the cause, then close and open the database"
@@ -602,6 +612,17 @@ def _expected(expect: Seq) -> str:
 def _record_range(kind: RecordKind) -> Range:
     start, end = record_prefix(kind)
     return _RECORD + start, _RECORD + end
+
+
+def _table_ranges(uid: TableUid) -> list[Range]:
+    """Where the store keeps hot rows and stream rows of a table."""
+    ranges: list[Range] = []
+    for space in (_ROW, _STREAM):
+        prefix = space + _table_key(uid)
+        end = keys.prefix_end(prefix)
+        assert end is not None
+        ranges.append((prefix, end))
+    return ranges
 
 
 def _uid_of(key: bytes) -> TableUid:

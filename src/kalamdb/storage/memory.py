@@ -92,6 +92,9 @@ class MemoryKv:
     def sync(self) -> None:
         """Memory has nothing to wait for."""
 
+    def purge(self, ranges: Sequence[Range]) -> None:
+        """The map holds current values only."""
+
     def stats(self) -> Mapping[str, int]:
         return {"entries": len(self._entries)}
 

@@ -54,6 +54,10 @@ class OrderedKv(KvReader, Protocol):
         """Make everything written so far durable; blocks for the disk."""
         ...
 
+    def purge(self, ranges: Sequence[Range]) -> None:
+        """Rewrite what is stored so that its files hold no former value of `ranges`. Blocks for the disk."""
+        ...
+
     def stats(self) -> Mapping[str, int]:
         """Figures of the store."""
         ...

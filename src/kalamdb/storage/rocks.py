@@ -12,10 +12,12 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from rocksdict import (  # fmt: skip
+from rocksdict import (
     AccessType,
     BlockBasedOptions,
+    BottommostLevelCompaction,
     Cache,
+    CompactOptions,
     DBRecoveryMode,
     Options,
     Rdict,
@@ -30,6 +32,8 @@ from kalamdb.storage.ordered import Range, Write
 
 _FIRST_CHUNK_ROWS = 16
 _CHUNK_ROWS = 1024
+_TABLE_FILE_BYTES = 8 << 20
+"""Small files: a purge holds up the process for one of them at a time."""
 _FILE_NAME = re.compile(r"[^\s'\"]*?(\d{6}\.(?:sst|log)|MANIFEST-\d+|CURRENT|OPTIONS-\d+|IDENTITY)")
 _DAMAGE = (
     "corruption",
@@ -141,6 +145,7 @@ class RocksKv:
         options.set_max_open_files(open_files_max)
         options.set_paranoid_checks(True)
         options.set_keep_log_file_num(2)
+        options.set_target_file_size_base(_TABLE_FILE_BYTES)
         table = BlockBasedOptions()
         table.set_block_cache(Cache(block_cache_bytes))
         table.set_bloom_filter(10.0, False)
@@ -199,6 +204,19 @@ class RocksKv:
     def sync(self) -> None:
         try:
             self._db.flush_wal(True)
+        except Exception as exc:  # noqa: BLE001 - rocksdict raises bare Exception
+            raise translate(exc, self.path) from exc
+
+    def purge(self, ranges: Sequence[Range]) -> None:
+        # What is in memory goes to a file first, which ends the log that holds it; then each file that
+        # touches a range is rewritten down to the last level. rocksdict holds the GIL meanwhile, a file
+        # at a time is what `target_file_size_base` makes short.
+        options = CompactOptions()
+        options.set_bottommost_level_compaction(BottommostLevelCompaction.force())
+        try:
+            self._db.flush(True)
+            for start, end in ranges:
+                self._db.compact_range(start, end, compact_opt=options)
         except Exception as exc:  # noqa: BLE001 - rocksdict raises bare Exception
             raise translate(exc, self.path) from exc
 

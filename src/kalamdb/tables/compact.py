@@ -7,7 +7,7 @@ level 1 rewritten. Inputs are replaced by outputs in one commit that holds only 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import msgspec
@@ -20,7 +20,7 @@ from kalamdb.clock import seq_at_ms
 from kalamdb.errors import TransactionConflict
 from kalamdb.storage import ANY, Batch, ExpectationFailed, RecordKind, RecordOp, record_key
 from kalamdb.tables.bulk import Naming, naming, publish
-from kalamdb.tables.flush import JobHandle
+from kalamdb.tables.flush import JobHandle, Message
 from kalamdb.tables.layout import FLAGS, KEY, SEQ, Layout, conform
 from kalamdb.tables.mirror import write_mirror
 from kalamdb.tables.segments import IntentRecord, Segment, SegmentRecord, write_segment
@@ -32,6 +32,9 @@ _NEWEST = (1 << 63) - 1
 _HOUR_MS = 3_600_000
 
 
+KeyRange = tuple[bytes, bytes]
+
+
 @dataclass(frozen=True, slots=True)
 class CompactReport:
     """What a compaction did."""
@@ -40,6 +43,8 @@ class CompactReport:
     outputs: int
     rows_before: int
     rows_after: int
+    tombstones_before: int
+    tombstones_after: int
     bytes_before: int
     bytes_after: int
 
@@ -52,6 +57,10 @@ class Plan:
     level: int
     settled: Seq = 0
     """Outside the inputs no version is older than a version up to here that the inputs hold."""
+    droppable: Seq = 0
+    """Tombstones up to here have served their time."""
+    without: KeyRange | None = None
+    """Row keys that are left out: start (inclusive) and end (exclusive)."""
 
 
 def choose(state: TableState, level0_segments_max: int, *, full: bool, droppable: Seq = 0) -> Plan | None:
@@ -72,9 +81,17 @@ def choose(state: TableState, level0_segments_max: int, *, full: bool, droppable
     bytes1 = sum(segment.record.size_bytes for segment in level1)
     if bytes0 * _LEVEL1_SHARE < bytes1:
         return Plan(tuple(_similar(level0)), 0)
-    low = min(segment.record.key_min for segment in level0)
-    high = max(segment.record.key_max for segment in level0)
-    touched = [one for one in level1 if one.record.key_min <= high and one.record.key_max >= low]
+    return _into_base(state)
+
+
+def _into_base(state: TableState, range_: KeyRange | None = None) -> Plan:
+    """All of level 0, and what level 1 holds in their key range, and in `range_`."""
+    level0 = [segment for segment in state.segments if segment.record.level == 0]
+    ranges = [(segment.record.key_min, segment.record.key_max + b"\x00") for segment in level0]
+    if range_ is not None:
+        ranges.append(range_)
+    low, high = min(start for start, _ in ranges), max(end for _, end in ranges)
+    touched = [one for one in state.segments if one.record.level == 1 and one.overlaps(low, high)]
     return Plan((*level0, *touched), 1)
 
 
@@ -96,22 +113,47 @@ def needs_compaction(store: TableStore, uid: TableUid) -> bool:
 
 
 def compact_table(
-    store: TableStore, uid: TableUid, job: JobHandle, message: Callable[[CompactReport], str], *, full: bool = True
+    store: TableStore,
+    uid: TableUid,
+    job: JobHandle,
+    message: Message | None = None,
+    *,
+    full: bool = True,
+    retention_hours: float | None = None,
 ) -> CompactReport | None:
-    """Merge segments of a table and end the job; None when there is nothing to merge.
+    """Merge segments of a table; None when there is nothing to merge. With `message` it ends the job.
 
-    Memory is bounded by the number of inputs. Blocks for the disk.
+    `retention_hours` stands in for the table's own. Memory is bounded by the number of inputs. Blocks
+    for the disk. Raises TransactionConflict when another compaction came first.
     """
     entry = store.entry(uid)
     if entry.definition.kind is TableKind.STREAM:
         return None
     settled = _settled(store, uid)
-    droppable = min(_oldest_tombstone(store, entry), settled)
+    droppable = min(expired_seq(store, entry, retention_hours), settled)
     plan = choose(store.state(uid), store.limits.level0_segments_max, full=full, droppable=droppable)
     if plan is None:
         return None
+    return _carry_out(store, entry, replace(plan, settled=settled, droppable=droppable), job, message)
+
+
+def erase_keys(store: TableStore, uid: TableUid, range_: KeyRange, job: JobHandle) -> CompactReport | None:
+    """Rewrite the segments that hold row keys of a range without them; None when none does. Blocks."""
+    entry = store.entry(uid)
+    settled = _settled(store, uid)
+    state = store.state(uid)
+    if not any(segment.overlaps(*range_) for segment in state.segments):
+        return None
+    droppable = min(expired_seq(store, entry), settled)
+    plan = replace(_into_base(state, range_), settled=settled, droppable=droppable, without=range_)
+    return _carry_out(store, entry, plan, job, None)
+
+
+def _carry_out(
+    store: TableStore, entry: CatalogEntry, plan: Plan, job: JobHandle, message: Message | None
+) -> CompactReport:
     with store.segments.pinned(plan.inputs):
-        report = _compact(store, entry, replace(plan, settled=settled), job, message)
+        report = _compact(store, entry, plan, job, message)
     for segment in plan.inputs:
         store.segments.unlink(segment.record.segment_id, segment.path)
     write_mirror(store, entry)
@@ -119,7 +161,7 @@ def compact_table(
 
 
 def _compact(
-    store: TableStore, entry: CatalogEntry, plan: Plan, job: JobHandle, message: Callable[[CompactReport], str]
+    store: TableStore, entry: CatalogEntry, plan: Plan, job: JobHandle, message: Message | None
 ) -> CompactReport:
     fence = Batch()
     job.seal(fence)
@@ -133,6 +175,8 @@ def _compact(
             outputs=len(outputs),
             rows_before=sum(rows),
             rows_after=sum(record.rows for record in outputs),
+            tombstones_before=sum(segment.record.tombstones for segment in plan.inputs),
+            tombstones_after=sum(record.tombstones for record in outputs),
             bytes_before=sum(segment.record.size_bytes for segment in plan.inputs),
             bytes_after=sum(record.size_bytes for record in outputs),
         )
@@ -145,7 +189,7 @@ def _compact(
             for segment in plan.inputs
         ]
         job.check()
-        job.seal(batch, message=message(report), result=msgspec.to_builtins(_figures(report)))
+        job.seal(batch, message=message and message(report), result=_figures(report))
         try:
             store.commit(batch)
         except ExpectationFailed as failed:
@@ -177,7 +221,6 @@ def _write_outputs(
     layout = store.layout(entry.definition)
     into_base = plan.level == 1
     kept: list[pa.Table] = []
-    kept_above = min(_oldest_tombstone(store, entry), plan.settled)
     total = sum(segment.record.rows for segment in plan.inputs)
     done = 0
 
@@ -185,6 +228,8 @@ def _write_outputs(
         nonlocal done
         for merged, read in merge(store, layout, plan.inputs):
             job.check()
+            if plan.without is not None:
+                merged = _outside(merged, plan.without)
             done += read
             job.progress(done, total, "rows")
             if not into_base:
@@ -194,7 +239,7 @@ def _write_outputs(
             deleted = (flags & RowFlags.DELETED) != 0
             if deleted.any():
                 gone = merged.filter(pa.array(deleted))
-                gone = gone.filter(pc.greater(gone.column(SEQ), kept_above))
+                gone = gone.filter(pc.greater(gone.column(SEQ), plan.droppable))
                 if len(gone):
                     kept.append(_unmarked(gone, plan.settled))
                 merged = merged.filter(pa.array(~deleted))
@@ -249,6 +294,12 @@ class _Stream:
             yield part
 
 
+def _outside(table: pa.Table, range_: KeyRange) -> pa.Table:
+    start, end = range_
+    column = table.column(KEY)
+    return table.filter(pc.or_(pc.less(column, start), pc.greater_equal(column, end)))
+
+
 def _unmarked(table: pa.Table, settled: Seq) -> pa.Table:
     """Rows without the marks up to `settled`: what those hid is gone."""
     flags = table.column(FLAGS).to_numpy()
@@ -257,12 +308,12 @@ def _unmarked(table: pa.Table, settled: Seq) -> pa.Table:
     return table.set_column(table.schema.get_field_index(FLAGS), table.schema.field(FLAGS), column)
 
 
-def _oldest_tombstone(store: TableStore, entry: CatalogEntry) -> Seq:
-    """Tombstones with `_seq` above this are kept: younger than the resume window or the table's retention."""
-    hours = entry.definition.options.deleted_retention_hours
+def expired_seq(store: TableStore, entry: CatalogEntry, retention_hours: float | None = None) -> Seq:
+    """Tombstones up to this `_seq` are older than the table's retention and the resume window; 0 for none."""
+    hours = entry.definition.options.deleted_retention_hours if retention_hours is None else retention_hours
     if hours is None:
         return 0
-    age_ms = max(hours * _HOUR_MS, int(store.limits.tombstone_window_s * 1000))
+    age_ms = int(max(hours * _HOUR_MS, store.limits.tombstone_window_s * 1000))
     return seq_at_ms(store.clock.now_ms() - age_ms)
 
 

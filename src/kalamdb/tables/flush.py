@@ -11,8 +11,18 @@ import msgspec
 import pyarrow as pa
 
 from kalamdb.catalog import CatalogEntry
-from kalamdb.errors import NotFound
-from kalamdb.storage import ANY, Batch, ExpectationFailed, Retire, Snapshot
+from kalamdb.errors import NotFound, TransactionConflict
+from kalamdb.storage import (
+    ABSENT,
+    ANY,
+    Batch,
+    ExpectationFailed,
+    RecordKind,
+    RecordOp,
+    Retire,
+    Snapshot,
+    record_key,
+)
 from kalamdb.tables.bulk import naming, publish
 from kalamdb.tables.layout import rows_to_batch
 from kalamdb.tables.mirror import write_mirror
@@ -52,10 +62,24 @@ class FlushReport:
     path: str
 
 
-def flush_table(
-    store: TableStore, uid: TableUid, job: JobHandle, message: Callable[[FlushReport], str]
-) -> FlushReport | None:
-    """Write all hot rows of a table to one segment and end the job; None when nothing is hot.
+class Step:
+    """A job handle for a part of a longer job, which shows progress of its own."""
+
+    def __init__(self, job: JobHandle) -> None:
+        self.check = job.check
+        self.seal = job.seal
+        self.intent_owner = job.intent_owner
+
+    def progress(self, done: int, total: int | None = None, unit: str = "", text: str = "") -> None:
+        """Left to the whole job."""
+
+
+Message = Callable[[Any], str]
+"""The last words of a job, from the report of its work."""
+
+
+def flush_table(store: TableStore, uid: TableUid, job: JobHandle, message: Message | None = None) -> FlushReport | None:
+    """Write all hot rows of a table to one segment; None when nothing is hot. With `message` it ends the job.
 
     Memory is bounded whatever the size of the table. Blocks for the disk.
     """
@@ -75,10 +99,11 @@ def flush_table(
 
 
 def _flush(
-    store: TableStore, entry: CatalogEntry, snapshot: Snapshot, job: JobHandle, message: Callable[[FlushReport], str]
+    store: TableStore, entry: CatalogEntry, snapshot: Snapshot, job: JobHandle, message: Message | None
 ) -> FlushReport | None:
     uid, watermark = entry.definition.uid, snapshot.seq
     layout = store.layout(entry.definition)
+    erased = unerased(snapshot, uid)
     fence = Batch()
     job.seal(fence)
     job_id, lease_id = job.intent_owner()
@@ -93,20 +118,33 @@ def _flush(
             row_group_rows_max=store.limits.row_group_rows_max,
         )
         if record is None:
+            # Whoever's rows these were is erased: nothing is pending any more.
+            fence.retire = [Retire(uid, watermark)]
+            store.commit(fence)
             return None
         record = msgspec.structs.replace(record, created_at=store.clock.now_ms())
         report = _report(record, path)
         job.check()
         batch = Batch(retire=[Retire(uid, watermark)], names_files=True)
-        batch.records = [store.alive(uid), *publish(store, entry, [record], names, manifest=ANY)]
-        job.seal(batch, message=message(report), result=msgspec.to_builtins(_figures(report)))
+        batch.records = [store.alive(uid), erased, *publish(store, entry, [record], names, manifest=ANY)]
+        job.seal(batch, message=message and message(report), result=_figures(report))
         try:
             store.commit(batch)
         except ExpectationFailed as failed:
-            raise NotFound(f"table '{entry.definition.table_id}' was dropped during the flush") from failed
+            name = entry.definition.table_id
+            if failed.key == erased.key:
+                raise TransactionConflict(f"rows of '{name}' were erased during the flush; flush again") from failed
+            raise NotFound(f"table '{name}' was dropped during the flush") from failed
         names.published()
     write_mirror(store, entry)
     return report
+
+
+def unerased(snapshot: Snapshot, uid: TableUid) -> RecordOp:
+    """Check that no rows of the table were erased since the snapshot, which holds them."""
+    key = record_key(RecordKind.ERASED, uid)
+    found = snapshot.records([key])[0]
+    return RecordOp(key, expect=found.version if found is not None else ABSENT, check=True)
 
 
 def _hot_batches(store: TableStore, entry: CatalogEntry, snapshot: Snapshot, job: JobHandle) -> Iterator[pa.Table]:

@@ -1,13 +1,13 @@
-"""The work that built-in jobs do on tables, in one place: flush, compact, cleanup."""
+"""The work that built-in jobs do on tables, in one place."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from kalamdb.schema import FlushPolicy
 from kalamdb.tables.compact import CompactReport, compact_table, needs_compaction
-from kalamdb.tables.flush import FlushReport, JobHandle, flush_table
+from kalamdb.tables.flush import FlushReport, JobHandle, Message, flush_table
+from kalamdb.tables.retention import EvictionReport, RetentionReport, evict_streams, retain_tables
 from kalamdb.tables.store import TableStore
 from kalamdb.tables.sweep import CleanupReport, drop_leftovers, dropped_tables, sweep
 from kalamdb.types import TableId, TableKind, TableUid
@@ -32,25 +32,31 @@ class Maintenance:
     def __init__(self, store: TableStore) -> None:
         self._store = store
 
-    def flush(self, table_uid: int, job: JobHandle, message: Callable[[FlushReport], str]) -> FlushReport | None:
+    def flush(self, table_uid: int, job: JobHandle, message: Message) -> FlushReport | None:
         """See `flush_table`."""
         return flush_table(self._store, TableUid(table_uid), job, message)
 
-    def compact(
-        self, table_uid: int, job: JobHandle, message: Callable[[CompactReport], str], *, full: bool = True
-    ) -> CompactReport | None:
+    def compact(self, table_uid: int, job: JobHandle, message: Message, *, full: bool = True) -> CompactReport | None:
         """See `compact_table`."""
         return compact_table(self._store, TableUid(table_uid), job, message, full=full)
 
-    def drop_leftovers(
-        self, table_uid: int, job: JobHandle, message: Callable[[CleanupReport], str]
-    ) -> CleanupReport | None:
+    def drop_leftovers(self, table_uid: int, job: JobHandle, message: Message) -> CleanupReport | None:
         """See `sweep.drop_leftovers`."""
         return drop_leftovers(self._store, TableUid(table_uid), job, message)
 
-    def sweep(self, table_uid: int | None, job: JobHandle, message: Callable[[CleanupReport], str]) -> CleanupReport:
+    def sweep(self, table_uid: int | None, job: JobHandle, message: Message) -> CleanupReport:
         """See `sweep.sweep`."""
-        return sweep(self._store, None if table_uid is None else TableUid(table_uid), job, message)
+        return sweep(self._store, _uid(table_uid), job, message)
+
+    def retain(
+        self, table_uid: int | None, job: JobHandle, message: Message, *, retention_hours: float | None
+    ) -> RetentionReport:
+        """See `retain_tables`."""
+        return retain_tables(self._store, _uid(table_uid), job, message, retention_hours=retention_hours)
+
+    def evict_streams(self, table_uid: int | None, job: JobHandle, message: Message) -> EvictionReport:
+        """See `retention.evict_streams`."""
+        return evict_streams(self._store, _uid(table_uid), job, message)
 
     def resolve(self, table_id: str) -> int | None:
         """The uid of the live table "namespace.table"; None when there is none."""
@@ -99,3 +105,7 @@ class Maintenance:
     def hot_pressure(self) -> float:
         """Hot bytes as a share of hot.bytes_max."""
         return self._store.hot_bytes() / max(self._store.limits.hot_bytes_max, 1)
+
+
+def _uid(table_uid: int | None) -> TableUid | None:
+    return None if table_uid is None else TableUid(table_uid)

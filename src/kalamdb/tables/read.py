@@ -142,8 +142,13 @@ def _stream_plan(store: TableStore, view: TableView, layout: Layout) -> ScanPlan
 
 def bucket_of(at_ms: int, ttl_s: int) -> int:
     """STREAM bucket of a moment: at most 64 buckets cover one TTL. Milliseconds at which it begins."""
-    width_ms = max(-(-ttl_s * 1000 // 62), 1)
+    width_ms = bucket_width_ms(ttl_s)
     return max(at_ms, 0) // width_ms * width_ms
+
+
+def bucket_width_ms(ttl_s: int) -> int:
+    """How long a STREAM bucket is."""
+    return max(-(-ttl_s * 1000 // 62), 1)
 
 
 __all__ = ["KEY", "bucket_of", "projections", "scan_columns", "scan_plan", "scope_range"]

@@ -80,6 +80,8 @@ class HotFigures:
     rows: int = 0
     bytes_: int = 0
     oldest_ms: int = 0
+    oldest_seq: Seq = 0
+    """Last `_seq` of the oldest commit above the watermark, 0 when none is."""
     last_seq: Seq = 0
     flush_seq: Seq = 0
     """Watermark of a running flush: what it replaces counts as a further row."""
@@ -89,7 +91,7 @@ class HotFigures:
     def add(self, seq: Seq, rows: int, bytes_: int, now_ms: int) -> None:
         """Count one commit."""
         if not self.commits:
-            self.oldest_ms = now_ms
+            self.oldest_ms, self.oldest_seq = now_ms, seq
         self.commits.append((seq, rows, bytes_, now_ms))
         self.rows += rows
         self.bytes_ += bytes_
@@ -102,6 +104,7 @@ class HotFigures:
             self.rows -= rows
             self.bytes_ -= bytes_
         self.oldest_ms = self.commits[0][3] if self.commits else 0
+        self.oldest_seq = self.commits[0][0] if self.commits else 0
 
 
 class Version(msgspec.Struct, frozen=True, gc=False):
@@ -264,6 +267,8 @@ class TableStore:
                 self._states[retire_.table] = replace(state, watermark=retire_.watermark)
                 self.hot.retire(retire_.table, retire_.watermark)
                 self.figures(retire_.table).retire(retire_.watermark)
+            for uid, scope in batch.delete_scopes:
+                self.hot.forget(uid, keys.scope_prefix(scope))
             for uid in batch.delete_tables:
                 self.hot.forget(uid)
                 self._figures.pop(uid, None)

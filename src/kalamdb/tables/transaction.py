@@ -15,7 +15,18 @@ import pyarrow as pa
 
 from kalamdb.catalog import CatalogEntry
 from kalamdb.errors import Closed, InvalidRequest, LimitExceeded, TransactionConflict
-from kalamdb.storage import ABSENT, Batch, Commit, ExpectationFailed, JobFence, JobInsert, JobMove, RecordOp, RowOp
+from kalamdb.storage import (
+    ABSENT,
+    Batch,
+    Commit,
+    ExpectationFailed,
+    JobFence,
+    JobInsert,
+    JobMove,
+    RecordKind,
+    RecordOp,
+    RowOp,
+)
 from kalamdb.tables.bulk import SegmentDraft, commit_drafts
 from kalamdb.tables.layout import KEY, SEQ, Layout, Row
 from kalamdb.tables.store import Moment, TableStore, Version
@@ -247,9 +258,7 @@ class Transaction:
         try:
             return commit_groups(self._store, groups, jobs=self.jobs)
         except ExpectationFailed as failed:
-            raise TransactionConflict(
-                f"the transaction was rolled back, another writer came first: {failed}; run it again"
-            ) from failed
+            raise TransactionConflict(f"the transaction was rolled back: {refused(failed)}") from failed
 
     def rollback(self) -> None:
         """Forget all changes. Idempotent."""
@@ -273,7 +282,7 @@ def autocommit(store: TableStore, entry: CatalogEntry, decide: Callable[[], Chan
             return commit_groups(store, [group])
         except ExpectationFailed as failed:
             if failed.what == "record":
-                raise _altered(entry, failed) from failed
+                raise refused(failed) from failed
             _back_off(store, attempt)
     raise TransactionConflict(
         f"rows of '{entry.definition.table_id}' were changed by other writers in each of "
@@ -281,11 +290,17 @@ def autocommit(store: TableStore, entry: CatalogEntry, decide: Callable[[], Chan
     )
 
 
-def _altered(entry: CatalogEntry, failed: ExpectationFailed) -> Exception:
-    name = entry.definition.table_id
-    return TransactionConflict(
-        f"table '{name}' was altered or dropped, or its user is being erased: {failed}; try again"
-    )
+def refused(failed: ExpectationFailed) -> TransactionConflict:
+    """The error for a commit that a record of the catalog or another writer stood against."""
+    match failed.key[:1]:
+        case kind if kind == bytes([RecordKind.ERASING]):
+            return TransactionConflict(
+                "the rows' user is being erased; nothing is written for that user until it ended"
+            )
+        case kind if kind == bytes([RecordKind.TABLE]):
+            return TransactionConflict("a table was altered or dropped meanwhile; run the statement again")
+        case _:
+            return TransactionConflict(f"another writer came first: {failed}; run it again")
 
 
 def _back_off(store: TableStore, attempt: int) -> None:

@@ -22,7 +22,15 @@ from kalamdb.tables.codec import Stored, column_codec
 from kalamdb.tables.layout import FLAGS, KEY, SEQ, Layout, Row
 from kalamdb.tables.read import bucket_of
 from kalamdb.tables.store import TableStore, Version
-from kalamdb.tables.transaction import Change, ChangeGroup, Transaction, autocommit, commit_groups, refuse_streams
+from kalamdb.tables.transaction import (
+    Change,
+    ChangeGroup,
+    Transaction,
+    autocommit,
+    commit_groups,
+    refuse_streams,
+    refused,
+)
 from kalamdb.types import Scope, Seq, TableKind
 
 _GENERATED = frozenset({DefaultFunction.SNOWFLAKE_ID, DefaultFunction.UUID_V7, DefaultFunction.ULID})
@@ -347,7 +355,7 @@ def _publish(
         commit_drafts(store, [SegmentDraft(entry, scopes, flagged, expected)])
     except ExpectationFailed as failed:
         if failed.what == "record":
-            raise
+            raise refused(failed) from failed
         return None
     return len(flagged)
 
@@ -400,7 +408,7 @@ def _insert_hot(
             return len(group.changes)
         except ExpectationFailed as failed:
             if failed.what == "record":
-                raise
+                raise refused(failed) from failed
     raise UniqueViolation(f"other writers kept changing rows of '{entry.definition.table_id}'; try again")
 
 

@@ -110,6 +110,11 @@ class FlakyBackend:
         self.delay()
         return self.inner.remove_retired(rows_max)
 
+    def purge(self, tables: Sequence[TableUid]) -> None:
+        """See StorageBackend."""
+        self.delay()
+        self.inner.purge(tables)
+
     def head(self) -> Seq:
         """See StorageBackend."""
         return self.inner.head()

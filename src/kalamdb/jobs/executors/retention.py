@@ -1,0 +1,52 @@
+"""Retention jobs: what was deleted long ago leaves the files."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import msgspec
+
+from kalamdb.errors import TransactionConflict
+from kalamdb.jobs.context import JobContext
+from kalamdb.jobs.model import Outcome, Skipped, Snooze
+from kalamdb.jobs.registry import JobExecutor
+from kalamdb.storage.jobs import OnInterrupt
+
+_BUSY_S = 1.0
+
+
+class RetentionParams(msgspec.Struct, frozen=True):
+    """One table, or every table by its own setting; `retention_hours` stands in for the table's."""
+
+    table_id: str | None = None
+    retention_hours: Annotated[float, msgspec.Meta(ge=0)] | None = None
+
+
+class RetentionExecutor(JobExecutor[RetentionParams]):
+    """Removes rows that were deleted longer ago than DELETED_RETENTION_HOURS, hot and cold."""
+
+    job_type = "retention"
+    prefix = "RT"
+    Params = RetentionParams
+    on_interrupt = OnInterrupt.REQUEUE
+
+    def idempotency_key(self, params: RetentionParams, table_uid: int | None) -> str | None:
+        return f"retention:{table_uid if table_uid is not None else params.table_id or 'all'}"
+
+    def concurrency_key(self, params: RetentionParams, table_uid: int | None) -> str | None:
+        return f"table:{table_uid}" if table_uid is not None else "retention"
+
+    def execute(self, ctx: JobContext[RetentionParams]) -> Outcome:
+        assert ctx.services is not None
+        maintenance, uid = ctx.services.maintenance, ctx.row.table_uid
+        if ctx.params.table_id is not None and (uid is None or not maintenance.exists(uid)):
+            return Skipped(f"table '{ctx.params.table_id}' does not exist")
+        try:
+            maintenance.retain(uid, ctx, _message, retention_hours=ctx.params.retention_hours)
+        except TransactionConflict:
+            return Snooze(_BUSY_S)
+        return None
+
+
+def _message(report: Any) -> str:
+    return f"Removed {report.rows:,} deleted rows of {report.tables} tables for good, {report.bytes / 1e6:.1f} MB freed"

@@ -1,0 +1,42 @@
+"""Stream eviction jobs: rows past their time to live leave the store."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from kalamdb.jobs.context import JobContext
+from kalamdb.jobs.model import Outcome, Skipped
+from kalamdb.jobs.registry import JobExecutor
+from kalamdb.storage.jobs import OnInterrupt
+
+
+class StreamEvictionParams(msgspec.Struct, frozen=True):
+    """One stream, or all of them."""
+
+    table_id: str | None = None
+
+
+class StreamEvictionExecutor(JobExecutor[StreamEvictionParams]):
+    """Removes expired buckets of streams, each by one range delete."""
+
+    job_type = "stream_eviction"
+    prefix = "SE"
+    Params = StreamEvictionParams
+    on_interrupt = OnInterrupt.REQUEUE
+
+    def idempotency_key(self, params: StreamEvictionParams, table_uid: int | None) -> str | None:
+        return f"evict:{table_uid if table_uid is not None else params.table_id or 'all'}"
+
+    def execute(self, ctx: JobContext[StreamEvictionParams]) -> Outcome:
+        assert ctx.services is not None
+        maintenance, uid = ctx.services.maintenance, ctx.row.table_uid
+        if ctx.params.table_id is not None and (uid is None or not maintenance.exists(uid)):
+            return Skipped(f"stream '{ctx.params.table_id}' does not exist")
+        maintenance.evict_streams(uid, ctx, _message)
+        return None
+
+
+def _message(report: Any) -> str:
+    return f"Evicted {report.buckets} expired buckets of {report.streams} streams"

@@ -1,0 +1,150 @@
+"""Retention, stream eviction, erasure: what time or a request removes is gone, and nothing older comes back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kalamdb.app_context import AppContext
+from kalamdb.clock import SystemClock
+from kalamdb.config import Settings
+from kalamdb.database import Database
+from kalamdb.tables.erase import erase_rows
+from kalamdb.tables.flush import flush_table
+from kalamdb.testing.maintenance import HeldWork, Unwatched
+from kalamdb.types import Scope, TableId
+from tests.conftest import run_job
+
+HOUR_MS = 3_600_000
+
+
+class SteppedClock(SystemClock):
+    """The machine's clock, moved by steps."""
+
+    offset_ms = 0
+
+    def now_ms(self) -> int:
+        return super().now_ms() + self.offset_ms
+
+
+@pytest.fixture
+def clock() -> SteppedClock:
+    return SteppedClock()
+
+
+@pytest.fixture
+def db(tmp_path: Path, clock: SteppedClock):  # type: ignore[no-untyped-def]
+    quiet = {"flush.scheduler_enabled": False, "compaction.enabled": False}
+    with Database(AppContext(tmp_path / "data", Settings.load(quiet, environment={}), clock=clock)) as opened:
+        opened.execute("CREATE NAMESPACE app")
+        yield opened
+
+
+def stored_bytes(folder: Path) -> bytes:
+    """Everything that the directory holds."""
+    return b"".join(path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file())
+
+
+def run(db: Database, job_type: str, **params: object) -> str:
+    job = db.jobs.wait(db.jobs.create_job(job_type, params).id, timeout_s=30)
+    assert job.status == "completed", job.exception_trace
+    return str(job.message)
+
+
+def test_deleted_rows_leave_after_their_retention_and_never_come_back(db: Database, clock: SteppedClock) -> None:
+    db.execute("CREATE TABLE app.t (id INT PRIMARY KEY, v TEXT) WITH (DELETED_RETENTION_HOURS = 24)")
+    db.insert("app.t", [{"id": key, "v": f"row {key}"} for key in range(10)])
+    run_job(db, "STORAGE FLUSH TABLE app.t")
+    db.execute("DELETE FROM app.t WHERE id < 4")
+    clock.offset_ms = 23 * HOUR_MS
+    assert run(db, "retention", table_id="app.t").startswith("Removed 0 deleted rows")
+    deleted = "SELECT count(*) FROM app.t WHERE _deleted"
+    assert db.execute(deleted).scalar() == 4
+    clock.offset_ms = 25 * HOUR_MS
+    assert run(db, "retention").startswith("Removed 4 deleted rows of 1 tables for good")
+    assert db.execute(deleted).scalar() == 0
+    assert db.execute("SELECT count(*), min(id) FROM app.t").rows == [(6, 4)]
+    assert db.check().ok
+
+
+def test_retention_off_keeps_deletions_for_ever(db: Database, clock: SteppedClock) -> None:
+    db.execute("CREATE TABLE app.t (id INT PRIMARY KEY) WITH (DELETED_RETENTION_HOURS = 'off')")
+    db.execute("INSERT INTO app.t VALUES (1), (2)")
+    db.execute("DELETE FROM app.t WHERE id = 1")
+    clock.offset_ms = 10_000 * HOUR_MS
+    assert run(db, "retention").startswith("Removed 0 deleted rows")
+    assert db.execute("SELECT id FROM app.t WHERE _deleted").rows == [(1,)]
+
+
+def test_an_expired_bucket_of_a_stream_goes_whatever_it_holds(db: Database, clock: SteppedClock) -> None:
+    db.execute("CREATE STREAM TABLE app.s (id INT, v TEXT) WITH (TTL_SECONDS = 60)")
+    for key in range(30):
+        db.execute("INSERT INTO app.s VALUES ($1, 'old-row')", [key])
+    clock.offset_ms = 40_000
+    db.execute("INSERT INTO app.s VALUES (100, 'young')")
+    uid = db.context.catalog.require(TableId.parse("app.s")).definition.uid
+    assert run(db, "stream_eviction").startswith("Evicted 0 expired buckets")
+    clock.offset_ms = 70_000
+    assert run(db, "stream_eviction", table_id="app.s").startswith("Evicted")
+    with db.context.backend.snapshot() as snapshot:
+        assert [row.payload for chunk in snapshot.stream(uid) for row in chunk] != []
+        assert sum(len(chunk) for chunk in snapshot.stream(uid)) == 1
+    assert db.execute("SELECT id FROM app.s").rows == [(100,)]
+
+
+def test_an_erased_user_leaves_no_byte_behind(db: Database, tmp_path: Path) -> None:
+    marker = "MARK-7d1f"
+    db.execute("CREATE USER TABLE app.u (id INT PRIMARY KEY, v TEXT)")
+    db.execute("CREATE STREAM TABLE app.s (v TEXT) WITH (TTL_SECONDS = 3600)")
+    for user, text in (("gone", marker), ("kept", "other")):
+        db.insert("app.u", [{"id": key, "v": f"{text} {key}"} for key in range(50)], user=user)
+    run_job(db, "STORAGE FLUSH TABLE app.u")
+    for user, text in (("gone", marker), ("kept", "other")):
+        db.execute("UPDATE app.u SET v = $1 WHERE id < 5", [f"{text} updated"], user=user)
+        db.execute("INSERT INTO app.s VALUES ($1)", [text], user=user)
+    folder = tmp_path / "data"
+    assert marker.encode() in stored_bytes(folder)
+    report = erase_rows(db.context.store, Scope("gone"), Unwatched())
+    assert report.tables == 1 and report.rows >= 50
+    assert db.execute("SELECT count(*) FROM app.u", user="gone").scalar() == 0
+    assert db.execute("SELECT count(*) FROM app.s", user="gone").scalar() == 0
+    assert db.execute("SELECT count(*) FROM app.u WHERE v LIKE 'other%'", user="kept").scalar() == 50
+    assert db.execute("SELECT count(*) FROM app.s", user="kept").scalar() == 1
+    assert marker.encode() not in stored_bytes(folder)
+    assert db.check().ok
+
+
+def test_a_flush_that_read_an_erased_user_does_not_publish_the_rows(db: Database) -> None:
+    db.execute("CREATE USER TABLE app.u (id INT PRIMARY KEY)")
+    db.execute("INSERT INTO app.u VALUES (1)", user="gone")
+    db.execute("INSERT INTO app.u VALUES (1)", user="kept")
+    store = db.context.store
+    uid = db.context.catalog.require(TableId.parse("app.u")).definition.uid
+    flush = HeldWork(lambda job: flush_table(store, uid, job, str))
+    erase_rows(store, Scope("gone"), Unwatched())
+    with pytest.raises(Exception, match="were erased during the flush"):
+        flush.end()
+    flush_table(store, uid, Unwatched())
+    assert db.execute("SELECT count(*) FROM app.u", user="gone").scalar() == 0
+    assert db.execute("SELECT count(*) FROM app.u", user="kept").scalar() == 1
+
+
+def test_nobody_writes_rows_of_a_user_who_is_being_erased(db: Database) -> None:
+    db.execute("CREATE USER TABLE app.u (id INT PRIMARY KEY)")
+    with db.transaction(user="gone") as tx:
+        tx.execute("INSERT INTO app.u VALUES (1)")
+        erase_rows(db.context.store, Scope("gone"), Unwatched())
+        with pytest.raises(Exception, match="user is being erased|being erased"):
+            tx._inner.commit()
+    with pytest.raises(Exception, match="erased"):
+        db.execute("INSERT INTO app.u VALUES (1)", user="gone")
+
+
+def test_a_table_whose_only_hot_rows_were_erased_has_nothing_pending(db: Database) -> None:
+    db.execute("CREATE USER TABLE app.u (id INT PRIMARY KEY)")
+    db.execute("INSERT INTO app.u VALUES (1)", user="gone")
+    erase_rows(db.context.store, Scope("gone"), Unwatched())
+    uid = db.context.catalog.require(TableId.parse("app.u")).definition.uid
+    assert flush_table(db.context.store, uid, Unwatched()) is None
+    assert not db.context.store.has_pending(uid)
