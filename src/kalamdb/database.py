@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -323,8 +325,6 @@ def _arrow(data: Any, columns: list[str], user_column: str | None) -> pa.Table:
 def _column(values: list[Any], name: str) -> pa.Array:
     import uuid
 
-    from kalamdb.sql.analyse import sql_literal
-
     plain = [str(v) if isinstance(v, uuid.UUID) else v for v in values]
     if any(isinstance(v, dict) for v in plain):
         import msgspec
@@ -335,12 +335,22 @@ def _column(values: list[Any], name: str) -> pa.Array:
     except (pa.ArrowException, TypeError, OverflowError, ValueError):
         pass
     try:
-        return pa.array(
-            [None if v is None else v if isinstance(v, str) else sql_literal(v).strip("()'") for v in plain],
-            pa.string(),
-        )
+        return pa.array([_text(v) for v in plain], pa.string())
     except (pa.ArrowException, InvalidRequest) as exc:
         raise InvalidRequest(f"column '{name}' holds values of types that do not go together: {exc}") from None
+
+
+def _text(value: Any) -> str | None:
+    """A value of a column of mixed types; the type of the table's column reads it."""
+    match value:
+        case None | str():
+            return value
+        case int() | float() | Decimal():
+            return str(value)
+        case dt.date() | dt.time():
+            return value.isoformat()
+        case _:
+            raise InvalidRequest(f"a value of type {type(value).__name__}")
 
 
 def check(context: AppContext) -> CheckReport:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from decimal import Decimal
 from typing import Any
@@ -11,6 +12,7 @@ from kalamdb.sql.statements import DEFAULT, EngineExpr, Expr, Param, TableName
 from kalamdb.sql.tokens import Token, TokenKind, place
 
 _INT_TEXT_MAX = 4000
+_HEX = re.compile(r"(?:[0-9A-Fa-f]{2})*")
 
 
 class Cursor:
@@ -175,10 +177,7 @@ def _single(token: Token) -> Any:
     match token.kind:
         case TokenKind.STRING:
             if token.text[0] in "xX":
-                try:
-                    return bytes.fromhex(token.string)
-                except ValueError:
-                    raise InvalidRequest(f"{_short(token.text)} is not a valid hexadecimal literal") from None
+                return bytes.fromhex(token.string) if _HEX.fullmatch(token.string) else NOT_LITERAL
             return NOT_LITERAL if token.text[0] in "eEbBnN" else token.string
         case TokenKind.NUMBER:
             return number(token.text)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -14,7 +14,7 @@ from kalamdb.catalog import Catalog, CatalogEntry
 from kalamdb.errors import Denied, InvalidRequest, NotFound
 from kalamdb.schema import DataType, TypeName
 from kalamdb.sql import statements as st
-from kalamdb.sql.analyse import referenced_tables, render
+from kalamdb.sql.analyse import exact_decimals, referenced_tables, render
 from kalamdb.sql.caller import Caller, denied, may_read
 from kalamdb.sql.engine import Engine, QueryRun, TableSource, scrub_plan
 from kalamdb.sql.tokens import Token, TokenKind, tokenize
@@ -87,7 +87,7 @@ class Reader:
     def run(self, query: Query, caller: Caller) -> QueryRun:
         """Start a prepared query."""
         return self._engine.query(
-            query.sql,
+            exact_decimals(query.sql, _decimal_columns(query.sources)),
             query.sources,
             default_schema=caller.namespace,
             views=query.views,
@@ -289,6 +289,17 @@ class Reader:
         if entry is None:
             return statement.sql
         return _replace_stars(statement.sql, [column.name for column in entry.definition.columns])
+
+
+def _decimal_columns(sources: Sequence[TableSource]) -> Set[str]:
+    """Names that stand for DECIMAL columns in each source that has them."""
+    decimals: set[str] = set()
+    others: set[str] = set()
+    for source in sources:
+        if not isinstance(source.plan, pa.Table):
+            for column in source.plan.columns:
+                (decimals if pa.types.is_decimal(column.field.type) else others).add(column.name)
+    return decimals - others
 
 
 def key_values(layout: Layout, key: st.KeyMatch, caller: Caller) -> list[Stored] | None:
