@@ -243,7 +243,7 @@ def test_everything_acknowledged_is_there_after_reopening(tmp_path: Path) -> Non
         assert db.jobs.list_jobs()[0].status == "completed"
         assert db.check().ok
     log = (tmp_path / "data" / "logs" / "jobs.log").read_text()
-    assert "INFO - Job completed: Flushed 1 rows of 1 users into 1 segment" in log
+    assert "INFO - Job completed: Flushed 1 row of 1 user into 1 segment" in log
 
 
 def test_a_second_opener_learns_who_holds_the_directory(tmp_path: Path) -> None:

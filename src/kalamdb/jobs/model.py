@@ -161,6 +161,19 @@ class JobIds:
             return f"{prefix}-{_base62(self._ms, _TIME_DIGITS)}{_base62(self._count, _COUNT_DIGITS)}"
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its noun, for messages."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def size(bytes_: int) -> str:
+    """Bytes for messages: 512 B, 49.6 kB, 7.6 MB."""
+    for unit, power in (("MB", 1e6), ("kB", 1e3)):
+        if bytes_ >= power:
+            return f"{bytes_ / power:,.1f} {unit}"
+    return f"{bytes_} B"
+
+
 def _base62(value: int, digits: int) -> str:
     out = ""
     for _ in range(digits):

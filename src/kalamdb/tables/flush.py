@@ -57,6 +57,7 @@ class FlushReport:
 
     rows: int
     users: int
+    """0 for SHARED tables."""
     segments: int
     bytes: int
     path: str
@@ -123,7 +124,7 @@ def _flush(
             store.commit(fence)
             return None
         record = msgspec.structs.replace(record, created_at=store.clock.now_ms())
-        report = _report(record, path)
+        report = _report(record, path, entry.definition.kind)
         job.check()
         batch = Batch(retire=[Retire(uid, watermark)], names_files=True)
         batch.records = [store.alive(uid), erased, *publish(store, entry, [record], names, manifest=ANY)]
@@ -159,8 +160,9 @@ def _hot_batches(store: TableStore, entry: CatalogEntry, snapshot: Snapshot, job
         job.progress(done, max(total, done), "rows")
 
 
-def _report(record: SegmentRecord, path: Path) -> FlushReport:
-    return FlushReport(record.rows, record.users, 1, record.size_bytes, str(path))
+def _report(record: SegmentRecord, path: Path, kind: TableKind) -> FlushReport:
+    users = 0 if kind is TableKind.SHARED else record.users
+    return FlushReport(record.rows, users, 1, record.size_bytes, str(path))
 
 
 def _figures(report: FlushReport) -> dict[str, int]:

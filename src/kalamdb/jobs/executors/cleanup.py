@@ -7,7 +7,7 @@ from typing import Any, Literal
 import msgspec
 
 from kalamdb.jobs.context import JobContext
-from kalamdb.jobs.model import Outcome, Skipped
+from kalamdb.jobs.model import Outcome, Skipped, counted, size
 from kalamdb.jobs.registry import JobExecutor
 from kalamdb.storage.jobs import OnInterrupt
 
@@ -45,4 +45,4 @@ class CleanupExecutor(JobExecutor[CleanupParams]):
 
 
 def _message(report: Any) -> str:
-    return f"Cleaned up: {report.files} files removed, {report.bytes / 1e6:.1f} MB freed"
+    return f"Cleaned up: {counted(report.files, 'file')} removed, {size(report.bytes)} freed"

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from kalamdb.jobs.context import JobContext
-from kalamdb.jobs.model import Outcome, Skipped
+from kalamdb.jobs.model import Outcome, Skipped, counted, size
 from kalamdb.jobs.registry import JobExecutor
 from kalamdb.storage.jobs import OnInterrupt
 
@@ -44,7 +44,7 @@ class CompactExecutor(JobExecutor[CompactParams]):
 
 def _message(report: Any) -> str:
     return (
-        f"Compaction completed: {report.inputs} segments into {report.outputs}, "
-        f"{report.rows_before:,} rows into {report.rows_after:,}, "
-        f"{report.bytes_before / 1e6:.1f} MB into {report.bytes_after / 1e6:.1f} MB"
+        f"Compaction completed: {counted(report.inputs, 'segment')} into {report.outputs}, "
+        f"{counted(report.rows_before, 'row')} into {report.rows_after:,}, "
+        f"{size(report.bytes_before)} into {size(report.bytes_after)}"
     )

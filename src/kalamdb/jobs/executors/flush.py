@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from kalamdb.jobs.context import JobContext
-from kalamdb.jobs.model import Outcome, Skipped
+from kalamdb.jobs.model import Outcome, Skipped, counted, size
 from kalamdb.jobs.registry import JobExecutor
 from kalamdb.storage.jobs import OnInterrupt
 
@@ -42,7 +42,6 @@ class FlushExecutor(JobExecutor[FlushParams]):
 
 
 def _message(report: Any) -> str:
-    return (
-        f"Flushed {report.rows:,} rows of {report.users:,} users into {report.segments} segment "
-        f"({report.bytes / 1e6:.1f} MB)"
-    )
+    whose = f" of {counted(report.users, 'user')}" if report.users else ""
+    where = f"{counted(report.segments, 'segment')} ({size(report.bytes)})"
+    return f"Flushed {counted(report.rows, 'row')}{whose} into {where}"
