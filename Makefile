@@ -2,9 +2,11 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 STAMP := .venv/.installed
+CODE := src tests demo soak $(wildcard bench)
+SOAK_MINUTES ?= 10
 
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("KalamDB needs Python 3.11 or newer, found " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
@@ -18,15 +20,23 @@ demo: $(STAMP) ## load the flights of 2013 and show what the database does
 test: $(STAMP) ## all tests but the long ones
 	$(BIN)/pytest -q
 
-test-long: $(STAMP) ## the full counts too
-	$(BIN)/pytest -q -m "long or not long" --timeout 3600
+test-long: SHELL := bash
+test-long: $(STAMP) ## the long counts too; the output is kept in docs/evidence
+	@mkdir -p docs/evidence
+	@set -o pipefail; { echo "make test-long, $$(date -u +%Y-%m-%dT%H:%MZ)," \
+	"commit $$(git rev-parse --short HEAD 2>/dev/null || echo unknown), $$(nproc) cores, $$($(BIN)/python -V)"; \
+	$(BIN)/pytest -q -m "long or not long" --timeout 3600 --durations 15; } | tee docs/evidence/test-long.txt
 
-check: $(STAMP) ## lint, types, import contracts
-	$(BIN)/ruff check src tests
+soak: $(STAMP) ## random writers beside jobs against a model, for SOAK_MINUTES (10)
+	SOAK_MINUTES=$(SOAK_MINUTES) $(BIN)/python soak/engine.py
+
+check: $(STAMP) ## format, lint, types, import contracts
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/ruff check $(CODE)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
 clean: ## remove what the targets made
 	rm -rf .venv build dist demo-data .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 
-.PHONY: help demo test test-long check clean
+.PHONY: help demo test test-long soak check clean

@@ -29,7 +29,7 @@ from kalamdb.storage import (
 )
 from kalamdb.tables.bulk import SegmentDraft, commit_drafts
 from kalamdb.tables.layout import KEY, SEQ, Layout, Row
-from kalamdb.tables.store import Moment, TableStore, Version
+from kalamdb.tables.store import Moment, TableStore, Version, conflict
 from kalamdb.types import RowFlags, Scope, Seq, TableKind, TableUid
 
 _CHANGE_OVERHEAD = 256
@@ -283,11 +283,8 @@ def autocommit(store: TableStore, entry: CatalogEntry, decide: Callable[[], Chan
         except ExpectationFailed as failed:
             if failed.what == "record":
                 raise refused(failed) from failed
-            _back_off(store, attempt)
-    raise TransactionConflict(
-        f"rows of '{entry.definition.table_id}' were changed by other writers in each of "
-        f"{store.limits.conflict_retries} attempts; try again"
-    )
+            back_off(store, attempt)
+    raise conflict(entry, store.limits.conflict_retries)
 
 
 def refused(failed: ExpectationFailed) -> TransactionConflict:
@@ -303,7 +300,8 @@ def refused(failed: ExpectationFailed) -> TransactionConflict:
             return TransactionConflict(f"another writer came first: {failed}; run it again")
 
 
-def _back_off(store: TableStore, attempt: int) -> None:
+def back_off(store: TableStore, attempt: int) -> None:
+    """Wait a little, at random, before the next attempt of a statement that lost."""
     if attempt > 2:
         jitter = store.clock.random_bytes(1)[0] / 255
         store.clock.wait(threading.Event(), min(0.001 * 2 ** min(attempt, 6), 0.05) * jitter)

@@ -21,12 +21,13 @@ from kalamdb.tables.bulk import SegmentDraft, commit_drafts, existing, sort_by_k
 from kalamdb.tables.codec import Stored, column_codec
 from kalamdb.tables.layout import FLAGS, KEY, SEQ, Layout, Row
 from kalamdb.tables.read import bucket_of
-from kalamdb.tables.store import TableStore, Version
+from kalamdb.tables.store import TableStore, Version, conflict
 from kalamdb.tables.transaction import (
     Change,
     ChangeGroup,
     Transaction,
     autocommit,
+    back_off,
     commit_groups,
     refuse_streams,
     refused,
@@ -284,7 +285,10 @@ class Writer:
             records=self.store.preconditions(self.entry, (self.scope,)),
             hints={(uid, self.scope)},
         )
-        self.store.commit(batch)
+        try:
+            self.store.commit(batch)
+        except ExpectationFailed as failed:
+            raise refused(failed) from failed
         return Written(len(rows), tuple(rows))
 
 
@@ -327,7 +331,7 @@ def insert_columns(
         written = _publish(store, entry, layout, rows, distinct, on_conflict)
         if written is not None:
             return written
-    raise UniqueViolation(f"other writers kept changing rows of '{entry.definition.table_id}'; try again")
+    raise conflict(entry, store.limits.conflict_retries)
 
 
 def _publish(
@@ -401,7 +405,7 @@ def _insert_hot(
             group.changes.append(Change(key, row, version.seq if version is not None else ABSENT))
         return group
 
-    for _ in range(store.limits.conflict_retries):
+    for attempt in range(store.limits.conflict_retries):
         group = decide()
         try:
             commit_groups(store, [group])
@@ -409,7 +413,8 @@ def _insert_hot(
         except ExpectationFailed as failed:
             if failed.what == "record":
                 raise refused(failed) from failed
-    raise UniqueViolation(f"other writers kept changing rows of '{entry.definition.table_id}'; try again")
+            back_off(store, attempt)
+    raise conflict(entry, store.limits.conflict_retries)
 
 
 def _keys_of(layout: Layout, columns: Sequence[pa.Array], scopes: Sequence[Scope], count: int) -> list[bytes]:
