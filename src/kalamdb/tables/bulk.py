@@ -34,6 +34,7 @@ from kalamdb.storage import (
     record_key,
 )
 from kalamdb.tables.layout import KEY
+from kalamdb.tables.mirror import write_mirror
 from kalamdb.tables.segments import IntentRecord, SegmentRecord, segment_path, write_segment
 from kalamdb.tables.store import Moment, TableState, TableStore, Version, Watch
 from kalamdb.types import RowFlags, Scope, Seq
@@ -154,6 +155,8 @@ def commit_drafts(store: TableStore, drafts: Sequence[SegmentDraft], *, jobs: Jo
         commit = _publish_checked(store, written, watches, jobs)
         for _, names, _ in written:
             names.published()
+    for draft in drafts:
+        write_mirror(store, draft.entry)
     return commit
 
 
