@@ -56,24 +56,32 @@ class Statement:
 
 @dataclass(frozen=True, slots=True)
 class CreateNamespace(Statement):
+    """CREATE NAMESPACE [IF NOT EXISTS] name."""
+
     name: str
     if_not_exists: bool
 
 
 @dataclass(frozen=True, slots=True)
 class DropNamespace(Statement):
+    """DROP NAMESPACE [IF EXISTS] name."""
+
     name: str
     if_exists: bool
 
 
 @dataclass(frozen=True, slots=True)
 class AlterNamespace(Statement):
+    """ALTER NAMESPACE name SET OPTIONS (...)."""
+
     name: str
     options: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class UseNamespace(Statement):
+    """USE name, for the statements after it in the same text."""
+
     name: str
 
 
@@ -82,6 +90,8 @@ class UseNamespace(Statement):
 
 @dataclass(frozen=True, slots=True)
 class CreateTable(Statement):
+    """CREATE [USER | SHARED | STREAM] TABLE. Without a kind the caller decides it."""
+
     table: TableName
     kind: TableKind | None
     if_not_exists: bool
@@ -93,6 +103,8 @@ class CreateTable(Statement):
 
 @dataclass(frozen=True, slots=True)
 class DropTable(Statement):
+    """DROP TABLE [IF EXISTS] name."""
+
     table: TableName
     if_exists: bool
     kind: TableKind | None
@@ -100,17 +112,23 @@ class DropTable(Statement):
 
 @dataclass(frozen=True, slots=True)
 class TruncateTable(Statement):
+    """TRUNCATE TABLE name."""
+
     table: TableName
 
 
 @dataclass(frozen=True, slots=True)
 class AlterTable(Statement):
+    """ALTER TABLE name, one change."""
+
     table: TableName
     change: AlterChange
 
 
 @dataclass(frozen=True, slots=True)
 class CreateView(Statement):
+    """CREATE [OR REPLACE] VIEW name AS query."""
+
     view: TableName
     query: str
     or_replace: bool
@@ -118,6 +136,8 @@ class CreateView(Statement):
 
 @dataclass(frozen=True, slots=True)
 class DropView(Statement):
+    """DROP VIEW [IF EXISTS] name."""
+
     view: TableName
     if_exists: bool
 
@@ -126,6 +146,8 @@ class DropView(Statement):
 
 
 class ConflictAction(StrEnum):
+    """What ON CONFLICT does with a row whose key exists."""
+
     ERROR = "error"
     IGNORE = "ignore"
     UPDATE = "update"
@@ -143,6 +165,8 @@ class ConflictClause:
 
 @dataclass(frozen=True, slots=True)
 class Insert(Statement):
+    """INSERT of `rows` or of the rows of `query`. `columns` is None when none are named."""
+
     table: TableName
     columns: tuple[str, ...] | None
     rows: Sequence[Sequence[Expr]] | None
@@ -161,6 +185,8 @@ class KeyMatch:
 
 @dataclass(frozen=True, slots=True)
 class Update(Statement):
+    """UPDATE. `key` is set when the predicate is a look-up by key; `tables` are those that expressions read."""
+
     table: TableName
     alias: str
     assignments: tuple[tuple[str, Expr], ...]
@@ -172,6 +198,8 @@ class Update(Statement):
 
 @dataclass(frozen=True, slots=True)
 class Delete(Statement):
+    """DELETE. `key` and `tables` as in Update."""
+
     table: TableName
     alias: str
     where: str
@@ -205,6 +233,8 @@ class Select(Statement):
 
 
 class ShowKind(StrEnum):
+    """What SHOW, DESCRIBE and JOB statements show."""
+
     NAMESPACES = "namespaces"
     TABLES = "tables"
     COLUMNS = "columns"
@@ -218,6 +248,8 @@ class ShowKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Show(Statement):
+    """A statement that shows something; which fields are set depends on `kind`."""
+
     kind: ShowKind
     table: TableName | None = None
     namespace: str | None = None
@@ -238,10 +270,14 @@ class Maintain(Statement):
 
 @dataclass(frozen=True, slots=True)
 class CancelJob(Statement):
+    """CANCEL JOB or KILL JOB."""
+
     job_id: str
 
 
 class TransactionVerb(StrEnum):
+    """The ends of a transaction, and its beginning."""
+
     BEGIN = "begin"
     COMMIT = "commit"
     ROLLBACK = "rollback"
@@ -249,10 +285,14 @@ class TransactionVerb(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class TransactionControl(Statement):
+    """BEGIN, COMMIT or ROLLBACK."""
+
     verb: TransactionVerb
 
 
 @dataclass(frozen=True, slots=True)
 class SetOption(Statement):
+    """SET name = value."""
+
     name: str
     value: str
