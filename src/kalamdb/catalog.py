@@ -36,6 +36,7 @@ from kalamdb.storage import (
     StorageBackend,
     record_key,
     record_prefix,
+    record_uid,
 )
 from kalamdb.types import AccessLevel, Seq, TableId, TableKind, TableUid
 
@@ -529,7 +530,7 @@ class Catalog:
         with self._lock:
             match RecordKind(key[0]):
                 case RecordKind.TABLE:
-                    self._take_table(TableUid(int.from_bytes(key[1:9], "big") - (1 << 63)), value, version)
+                    self._take_table(record_uid(key), value, version)
                 case RecordKind.NAMESPACE:
                     name = _texts(key)[0]
                     if value is None:

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from tests.conftest import Open
 
 import kalamdb
 from kalamdb.database import Database
+from tests.conftest import Open
 
 
 @pytest.mark.parametrize("count", [1, 10], ids=["hot", "segment"])

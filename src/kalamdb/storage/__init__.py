@@ -46,6 +46,7 @@ __all__ = [
     "UnknownOutcome",
     "record_key",
     "record_prefix",
+    "record_uid",
 ]
 
 ABSENT: Final = 0
@@ -157,6 +158,11 @@ def record_prefix(kind: RecordKind, *parts: str | int) -> tuple[bytes, bytes]:
     end = keys.prefix_end(prefix)
     assert end is not None
     return prefix, end
+
+
+def record_uid(key: bytes) -> TableUid:
+    """The table uid that stands first in a record key."""
+    return TableUid(keys.decode_int(key[1:]))
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,11 @@ def encode_int(value: int) -> bytes:
     return (value + _SIGN_64).to_bytes(8, "big")
 
 
+def decode_int(data: bytes) -> int:
+    """Inverse of `encode_int`, from the first eight bytes."""
+    return int.from_bytes(data[:8], "big") - _SIGN_64
+
+
 def encode_wide_int(value: int) -> bytes:
     """Sixteen bytes, for unscaled decimals of up to 38 digits."""
     return (value + _SIGN_128).to_bytes(16, "big")
@@ -45,6 +50,11 @@ def encode_text(value: str) -> bytes:
     return encode_bytes(value.encode())
 
 
+def decode_text(data: bytes) -> str:
+    """Inverse of `encode_text`."""
+    return data[: data.index(_TERMINATOR)].replace(_ESCAPED_ZERO, b"\x00").decode()
+
+
 def scope_hash(scope: Scope) -> int:
     """16-bit hash of a user id, 0 for the shared scope. Part of the stored format: never change it."""
     return 0 if scope == SHARED_SCOPE else zlib.crc32(scope.encode()) & 0xFFFF
@@ -63,7 +73,7 @@ def row_key(scope: Scope, pk: bytes) -> bytes:
 def split_row_key(key: bytes) -> tuple[Scope, bytes]:
     """Inverse of `row_key`."""
     end = key.index(_TERMINATOR, 2)
-    return Scope(key[2:end].replace(_ESCAPED_ZERO, b"\x00").decode()), key[end + 2 :]
+    return Scope(decode_text(key[2 : end + 2])), key[end + 2 :]
 
 
 def prefix_end(prefix: bytes) -> bytes | None:

@@ -46,6 +46,7 @@ from kalamdb.storage import (
     keys,
     record_key,
     record_prefix,
+    record_uid,
 )
 from kalamdb.storage.job_index import JobIndex
 from kalamdb.storage.jobs import JobRow
@@ -246,9 +247,9 @@ class KvBackend:
         self._removals: dict[TableUid, bytes] = {}
         """Where the removal of a table's dead versions goes on."""
         for key, value in kv.scan(*_record_range(RecordKind.WATERMARK)):
-            self._watermarks[_uid_of(key)] = _NUMBER.unpack(value[8:])[0]
+            self._watermarks[record_uid(key[1:])] = _NUMBER.unpack(value[8:])[0]
         for key, _ in kv.scan(*_record_range(RecordKind.REMOVAL)):
-            self._removals[_uid_of(key)] = b""
+            self._removals[record_uid(key[1:])] = b""
         self._numbers: dict[str, tuple[int, int]] = {}
         self._commits = 0
         self._committer = _Committer(kv, self.head, self._fail)
@@ -623,10 +624,6 @@ def _table_ranges(uid: TableUid) -> list[Range]:
         assert end is not None
         ranges.append((prefix, end))
     return ranges
-
-
-def _uid_of(key: bytes) -> TableUid:
-    return TableUid(_NUMBER.unpack(key[2:10])[0] - (1 << 63))
 
 
 class _Committer:

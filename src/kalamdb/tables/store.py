@@ -36,6 +36,7 @@ from kalamdb.storage import (
     keys,
     record_key,
     record_prefix,
+    record_uid,
 )
 from kalamdb.tables.hot import Chunk, HotCache, HotView, above, chunks_of
 from kalamdb.tables.layout import Layout, Row, batch_to_rows, conform, read_payload
@@ -297,7 +298,7 @@ class TableStore:
         kind = op.key[0]
         if kind not in (RecordKind.SEGMENT, RecordKind.MANIFEST):
             return
-        uid = TableUid(int.from_bytes(op.key[1:9], "big") - (1 << 63))
+        uid = record_uid(op.key)
         state = self._states.get(uid, TableState(uid))
         if kind == RecordKind.MANIFEST:
             self._states[uid] = replace(state, manifest_version=seq if op.value is not None else 0)

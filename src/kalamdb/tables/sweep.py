@@ -18,6 +18,7 @@ from kalamdb.storage import (
     Snapshot,
     record_key,
     record_prefix,
+    record_uid,
 )
 from kalamdb.storage.jobs import JobStatus
 from kalamdb.tables.flush import JobHandle
@@ -49,7 +50,7 @@ def dropped_tables(store: TableStore) -> list[TableUid]:
     """Tables whose cleanup is not done."""
     with store.backend.snapshot() as snapshot:
         found = list(snapshot.scan_records(*record_prefix(RecordKind.DROPPED)))
-    return [TableUid(int.from_bytes(key[1:9], "big") - (1 << 63)) for key, _ in found]
+    return [record_uid(key) for key, _ in found]
 
 
 def drop_leftovers(

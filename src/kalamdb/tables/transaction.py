@@ -26,6 +26,8 @@ from kalamdb.storage import (
     RecordKind,
     RecordOp,
     RowOp,
+    keys,
+    record_uid,
 )
 from kalamdb.tables.bulk import SegmentDraft, commit_drafts
 from kalamdb.tables.layout import KEY, SEQ, Layout, Row
@@ -122,8 +124,8 @@ def _commit_rechecked(store: TableStore, groups: Sequence[ChangeGroup], batch: B
             if failed.what != "manifest":
                 raise
         for group in groups:
-            keys = [change.key for change in group.changes]
-            versions, manifest_version = store.newest(group.entry, keys)
+            row_keys = [change.key for change in group.changes]
+            versions, manifest_version = store.newest(group.entry, row_keys)
             for change, version in zip(group.changes, versions, strict=True):
                 if (version.seq if version is not None else ABSENT) != change.expect:
                     raise ExpectationFailed(
@@ -258,7 +260,7 @@ class Transaction:
         try:
             return commit_groups(self._store, groups, jobs=self.jobs)
         except ExpectationFailed as failed:
-            raise TransactionConflict(f"the transaction was rolled back: {refused(failed)}") from failed
+            raise TransactionConflict(f"the transaction was rolled back: {refused(self._store, failed)}") from failed
 
     def rollback(self) -> None:
         """Forget all changes. Idempotent."""
@@ -282,22 +284,22 @@ def autocommit(store: TableStore, entry: CatalogEntry, decide: Callable[[], Chan
             return commit_groups(store, [group])
         except ExpectationFailed as failed:
             if failed.what == "record":
-                raise refused(failed) from failed
+                raise refused(store, failed) from failed
             back_off(store, attempt)
     raise conflict(entry, store.limits.conflict_retries)
 
 
-def refused(failed: ExpectationFailed) -> TransactionConflict:
+def refused(store: TableStore, failed: ExpectationFailed) -> TransactionConflict:
     """The error for a commit that a record of the catalog or another writer stood against."""
-    match failed.key[:1]:
-        case kind if kind == bytes([RecordKind.ERASING]):
-            return TransactionConflict(
-                "the rows' user is being erased; nothing is written for that user until it ended"
-            )
-        case kind if kind == bytes([RecordKind.TABLE]):
-            return TransactionConflict("a table was altered or dropped meanwhile; run the statement again")
-        case _:
-            return TransactionConflict(f"another writer came first: {failed}; run it again")
+    kind = RecordKind(failed.key[0]) if failed.key else None
+    if kind is RecordKind.ERASING:
+        user = keys.decode_text(failed.key[1:])
+        return TransactionConflict(f"user '{user}' is being erased; no row of that user is written until it has ended")
+    if kind is RecordKind.TABLE:
+        entry = store.catalog.by_uid(record_uid(failed.key))
+        what = "a table was dropped" if entry is None else f"table '{entry.definition.table_id}' was altered"
+        return TransactionConflict(f"{what} meanwhile; try again")
+    return TransactionConflict(f"another writer came first: {failed}; try again")
 
 
 def back_off(store: TableStore, attempt: int) -> None:

@@ -288,7 +288,7 @@ class Writer:
         try:
             self.store.commit(batch)
         except ExpectationFailed as failed:
-            raise refused(failed) from failed
+            raise refused(self.store, failed) from failed
         return Written(len(rows), tuple(rows))
 
 
@@ -359,7 +359,7 @@ def _publish(
         commit_drafts(store, [SegmentDraft(entry, scopes, flagged, expected)])
     except ExpectationFailed as failed:
         if failed.what == "record":
-            raise refused(failed) from failed
+            raise refused(store, failed) from failed
         return None
     return len(flagged)
 
@@ -412,7 +412,7 @@ def _insert_hot(
             return len(group.changes)
         except ExpectationFailed as failed:
             if failed.what == "record":
-                raise refused(failed) from failed
+                raise refused(store, failed) from failed
             back_off(store, attempt)
     raise conflict(entry, store.limits.conflict_retries)
 
