@@ -19,6 +19,7 @@ from kalamdb.jobs.executors.compact import CompactExecutor
 from kalamdb.jobs.executors.flush import FlushExecutor
 from kalamdb.jobs.executors.retention import RetentionExecutor
 from kalamdb.jobs.executors.stream_eviction import StreamEvictionExecutor
+from kalamdb.jobs.executors.user_cleanup import UserCleanupExecutor
 from kalamdb.jobs.log import JobLogFile
 from kalamdb.jobs.manager import JobRequest
 from kalamdb.jobs.scheduler import Schedulers
@@ -31,17 +32,20 @@ from kalamdb.sql.query import Reader
 from kalamdb.sql.rows import Rows
 from kalamdb.sql.session import Session
 from kalamdb.sql.tokens import SqlLimits
+from kalamdb.sql.users import UserAdmin
 from kalamdb.storage import StorageBackend
 from kalamdb.storage.directory import DataDirectory
 from kalamdb.storage.jobs import JobInsert
 from kalamdb.storage.kv import KvBackend
 from kalamdb.storage.memory import MemoryKv
 from kalamdb.system import ManifestRow, SettingRow, SystemSources, SystemTablesRegistry
+from kalamdb.system.users import user_tables
 from kalamdb.tables.compact import choose
 from kalamdb.tables.maintenance import Maintenance
 from kalamdb.tables.mirror import segment_json
 from kalamdb.tables.store import TableLimits, TableStore
 from kalamdb.types import TableKind
+from kalamdb.users import Users, audit_rows
 
 _REMOVAL_INTERVAL_S = 1.0
 
@@ -83,7 +87,16 @@ class AppContext:
             self.catalog.start()
             self.store = TableStore(self.backend, self.catalog, files, self.clock, root, self._table_limits())
             self.store.start()
-            self.maintenance = Maintenance(self.store)
+            self.users = Users(
+                self.backend,
+                self.clock,
+                bcrypt_cost=settings["auth.bcrypt_cost"],
+                enforce_complexity=settings["auth.enforce_password_complexity"],
+            )
+            self.users.start()
+            self.maintenance = Maintenance(
+                self.store, self.users, deletion_grace_period_days=settings["deletion_grace_period_days"]
+            )
             self.job_registry = self._registry()
             self._job_manager = self._make_jobs(path)
             self.system_tables = self._system(root)
@@ -135,6 +148,7 @@ class AppContext:
         registry.register(CleanupExecutor())
         registry.register(RetentionExecutor())
         registry.register(StreamEvictionExecutor())
+        registry.register(UserCleanupExecutor())
         return registry
 
     def _make_jobs(self, path: Path | None) -> UnifiedJobManager:
@@ -163,7 +177,7 @@ class AppContext:
         )
 
     def _system(self, root: Path) -> SystemTablesRegistry:
-        return SystemTablesRegistry(
+        registry = SystemTablesRegistry(
             SystemSources(
                 catalog=self.catalog,
                 jobs=self.backend.jobs,
@@ -173,6 +187,9 @@ class AppContext:
                 segments_directory=str(root),
             )
         )
+        for table in user_tables(self.users.all, lambda: audit_rows(self.backend)):
+            registry.register(table)
+        return registry
 
     def _manifests(self) -> list[ManifestRow]:
         rows = []
@@ -214,10 +231,12 @@ class AppContext:
         engine = Engine(EngineLimits(memory_bytes_max=memory, target_partitions=s["datafusion.query_parallelism"]))
         reader = Reader(self.store, self.catalog, engine, self.system_tables, s["limits.result_bytes_max"])
         rows = Rows(self.store, reader, self.clock)
-        admin = Admin(self.store, self.catalog, reader, self.system_tables, _SqlJobs(self), self.clock)
+        jobs = _SqlJobs(self)
+        admin = Admin(self.store, self.catalog, reader, self.system_tables, jobs, self.clock)
+        users = UserAdmin(self.users, jobs.erase_insert, jobs.wake)
         self.rows = rows
         return Session(
-            self.store, reader, rows, admin, self.clock,
+            self.store, reader, rows, admin, users, self.clock,
             limits=SqlLimits(
                 bytes_max=s["limits.sql_bytes_max"], tokens_max=s["limits.sql_tokens_max"],
                 depth_max=s["limits.sql_depth_max"], set_operands_max=s["limits.sql_set_operands_max"],
@@ -272,6 +291,9 @@ class _SqlJobs:
     def cleanup_insert(self, definition: TableDef) -> JobInsert:
         params = {"table_id": str(definition.table_id), "operation": "drop_table", "table_uid": int(definition.uid)}
         return self._context.job_manager.prepare(JobRequest(job_type="cleanup", params=params))
+
+    def erase_insert(self, user_id: str) -> JobInsert:
+        return self._context.job_manager.prepare(JobRequest(job_type="user_cleanup", params={"user_id": user_id}))
 
     def cancel(self, job_id: str) -> Any:
         return self._context.job_manager.cancel_job(job_id)

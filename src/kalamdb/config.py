@@ -74,6 +74,13 @@ SETTINGS: Final[tuple[Setting, ...]] = (
     _S("jobs.quarantine_after", 3, "process deaths after which a job is held back", 1),
     _S("jobs.queued_max", 1_000_000, "jobs that may wait", 1),
     _S("shutdown.timeout_s", 30.0, "seconds that running jobs get at a clean stop", 0),
+    _S("deletion_grace_period_days", 30.0, "days after DROP USER until the user is erased", 0),
+    _S("auth.bcrypt_cost", 12, "work factor of password hashes; each step doubles the time", 4, 16),
+    _S(
+        "auth.enforce_password_complexity",
+        False,
+        "passwords need upper and lower case, a digit and a special character",
+    ),
     _S("live.resume_window_s", 600.0, "seconds for which a deletion is remembered at least", 0),
     _S("logging.logs_path", "", "directory of jobs.log; empty is <data>/logs"),
     _S("transaction_timeout_secs", 300.0, "seconds that a transaction may take", 0.001),

@@ -102,6 +102,7 @@ class Database:
             wanted = Role.SYSTEM if role is None else Role(role)
         except ValueError:
             raise InvalidRequest(f"role '{role}' is not one of {', '.join(Role)}") from None
+        self._context.users.refuse_gone(name)
         clock = self._context.clock
         deadline = None if timeout_s is None else clock.monotonic_s() + timeout_s
         return Caller(
@@ -184,6 +185,7 @@ class Database:
             for name in set(names):
                 if not isinstance(name, str) or not 0 < len(name) <= _USER_LENGTH_MAX:
                     raise InvalidRequest(f"column '{user_column}' holds {name!r}, which is not a user name")
+                self._context.users.refuse_gone(name)
             scopes = [Scope(name) for name in names]
             rows = rows.drop_columns([user_column])
         return self._context.rows.insert_table(entry, rows, scopes, caller, conflict, transaction)

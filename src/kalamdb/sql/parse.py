@@ -19,9 +19,11 @@ from kalamdb.sql.tokens import (
     split,
     tokenize,
 )
+from kalamdb.sql.users import parse_user_statement
 from kalamdb.types import TableKind
 
 _KINDS = {"USER": TableKind.USER, "SHARED": TableKind.SHARED, "STREAM": TableKind.STREAM}
+_USER_VERBS = frozenset(st.UserVerb)
 _QUERY_WORDS = frozenset({"SELECT", "WITH", "VALUES", "(", "FROM", "TABLE"})
 
 
@@ -47,6 +49,8 @@ def parse(text: str, limits: SqlLimits) -> list[st.Statement]:
 def _parse_one(text: str, tokens: Sequence[Token]) -> st.Statement:
     cursor = Cursor(text, tokens)
     word = tokens[0].upper or tokens[0].text
+    if word in _USER_VERBS and cursor.peek(word, "USER") and not cursor.peek(word, "USER", "TABLE"):
+        return parse_user_statement(cursor)
     handler = _HANDLERS.get(word)
     if handler is None:
         raise InvalidRequest(f"'{tokens[0].text[:60]}' does not begin a statement that KalamDB knows")

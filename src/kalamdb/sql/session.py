@@ -19,6 +19,7 @@ from kalamdb.sql.parse import parse
 from kalamdb.sql.query import Reader
 from kalamdb.sql.rows import Rows
 from kalamdb.sql.tokens import SqlLimits
+from kalamdb.sql.users import UserAdmin
 from kalamdb.tables.store import TableStore
 from kalamdb.tables.transaction import Transaction
 
@@ -35,6 +36,7 @@ class Session:
         reader: Reader,
         rows: Rows,
         admin: Admin,
+        users: UserAdmin,
         clock: Clock,
         *,
         limits: SqlLimits,
@@ -46,6 +48,7 @@ class Session:
         self._reader = reader
         self._rows = rows
         self._admin = admin
+        self._users = users
         self._clock = clock
         self._limits = limits
         self._cache: OrderedDict[str, list[st.Statement]] = OrderedDict()
@@ -76,7 +79,7 @@ class Session:
                 self._cache.move_to_end(sql)
                 return known
         statements = parse(sql, self._limits)
-        if len(sql) <= _CACHED_TEXT_MAX:
+        if len(sql) <= _CACHED_TEXT_MAX and not any(isinstance(one, st.UserStatement) for one in statements):
             with self._cache_lock:
                 self._cache[sql] = statements
                 while len(self._cache) > self._cache_entries_max:
@@ -166,6 +169,8 @@ class Session:
                 return self._rows.update(statement, caller, transaction)
             case st.Delete():
                 return self._rows.delete(statement, caller, transaction)
+            case st.UserStatement() if transaction is None:
+                return self._users.run(statement, caller)
             case st.Show():
                 return self._admin.run(statement, caller)
             case _:

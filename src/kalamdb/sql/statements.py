@@ -296,3 +296,36 @@ class SetOption(Statement):
 
     name: str
     value: str
+
+
+# Users
+
+
+class UserVerb(StrEnum):
+    """What is done to a user."""
+
+    CREATE = "CREATE"
+    ALTER = "ALTER"
+    DROP = "DROP"
+    RESTORE = "RESTORE"
+    PURGE = "PURGE"
+
+
+class UserClause(StrEnum):
+    """What CREATE and ALTER USER state."""
+
+    PASSWORD = "PASSWORD"
+    OAUTH = "OAUTH"
+    INTERNAL = "INTERNAL"
+    ROLE = "ROLE"
+    EMAIL = "EMAIL"
+
+
+@dataclass(frozen=True, slots=True)
+class UserStatement(Statement):
+    """CREATE, ALTER, DROP, RESTORE or PURGE USER. Its text may hold a password."""
+
+    verb: UserVerb
+    name: str
+    clauses: dict[UserClause, Expr]
+    if_exists: bool

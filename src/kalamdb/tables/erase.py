@@ -8,14 +8,17 @@ Then the segments are rewritten; a compaction that took part in the race fails, 
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kalamdb.storage import Batch, RecordKind, RecordOp, record_key
 from kalamdb.tables.compact import erase_keys
-from kalamdb.tables.flush import JobHandle, Step
+from kalamdb.tables.flush import JobHandle, Message, Step
 from kalamdb.tables.read import scope_range
 from kalamdb.tables.store import TableStore
 from kalamdb.types import Scope, TableKind
+from kalamdb.users import Users
 
 _TABLES_PER_COMMIT = 500
 
@@ -24,6 +27,7 @@ _TABLES_PER_COMMIT = 500
 class EraseReport:
     """What erasing a user removed."""
 
+    users: int = 0
     tables: int = 0
     """Tables that held cold rows of the user, or may have held hot ones."""
     rows: int = 0
@@ -32,8 +36,32 @@ class EraseReport:
     """Segments that were rewritten."""
 
 
+def erase_users(
+    store: TableStore, users: Users, user_ids: Sequence[str], job: JobHandle, message: Message
+) -> EraseReport:
+    """Erase users one after another, rows first, the record last; ends the job.
+
+    Interrupted anywhere, a repetition goes on: who is erased has no record and no mark any more.
+    Blocks for the disk. Raises what `erase_rows` raises.
+    """
+    total = EraseReport()
+    for at, user_id in enumerate(user_ids):
+        job.progress(at, len(user_ids), "users")
+        found = erase_rows(store, Scope(user_id), Step(job) if len(user_ids) > 1 else job)
+        total = EraseReport(
+            total.users + 1, total.tables + found.tables, total.rows + found.rows, total.segments + found.segments
+        )
+        batch = Batch(records=users.forget(user_id))
+        if at + 1 < len(user_ids):
+            job.seal(batch)
+        else:
+            job.seal(batch, message=message(total), result=dataclasses.asdict(total))
+        store.commit(batch)
+    return total
+
+
 def erase_rows(store: TableStore, user: Scope, job: JobHandle) -> EraseReport:
-    """Remove all rows of a user from USER and STREAM tables. The mark stays; `forget_erasure` ends it.
+    """Remove all rows of a user from USER and STREAM tables; the mark stays.
 
     Each step is one commit under the job's lease; a repetition finds less to do. Blocks for the disk.
     Raises TransactionConflict when another compaction of a table came first.
@@ -61,9 +89,4 @@ def erase_rows(store: TableStore, user: Scope, job: JobHandle) -> EraseReport:
             rows += report.rows_before - report.rows_after
     store.backend.purge(uids)
     job.progress(len(entries), len(entries), "tables")
-    return EraseReport(tables, rows, segments)
-
-
-def forget_erasure(user: Scope) -> RecordOp:
-    """The operation that lifts the mark, for the commit that ends the erasure."""
-    return RecordOp(record_key(RecordKind.ERASING, user), None)
+    return EraseReport(1, tables, rows, segments)

@@ -6,11 +6,15 @@ from dataclasses import dataclass
 
 from kalamdb.schema import FlushPolicy
 from kalamdb.tables.compact import CompactReport, compact_table, needs_compaction
+from kalamdb.tables.erase import EraseReport, erase_users
 from kalamdb.tables.flush import FlushReport, JobHandle, Message, flush_table
 from kalamdb.tables.retention import EvictionReport, RetentionReport, evict_streams, retain_tables
 from kalamdb.tables.store import TableStore
 from kalamdb.tables.sweep import CleanupReport, drop_leftovers, dropped_tables, sweep
 from kalamdb.types import TableId, TableKind, TableUid
+from kalamdb.users import Users
+
+_DAY_MS = 86_400_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +33,10 @@ class PendingTable:
 class Maintenance:
     """What executors and schedulers call. Thread-safe."""
 
-    def __init__(self, store: TableStore) -> None:
+    def __init__(self, store: TableStore, users: Users, *, deletion_grace_period_days: float) -> None:
         self._store = store
+        self._users = users
+        self._grace_ms = int(deletion_grace_period_days * _DAY_MS)
 
     def flush(self, table_uid: int, job: JobHandle, message: Message) -> FlushReport | None:
         """See `flush_table`."""
@@ -57,6 +63,12 @@ class Maintenance:
     def evict_streams(self, table_uid: int | None, job: JobHandle, message: Message) -> EvictionReport:
         """See `retention.evict_streams`."""
         return evict_streams(self._store, _uid(table_uid), job, message)
+
+    def erase_users(self, user_id: str | None, job: JobHandle, message: Message) -> EraseReport | None:
+        """Erase one user, or all that were dropped longer than the grace time ago; None when there is none."""
+        due = self._store.backend.now_ms() - self._grace_ms
+        user_ids = [user_id] if user_id is not None else self._users.dropped_before(due)
+        return erase_users(self._store, self._users, user_ids, job, message) if user_ids else None
 
     def resolve(self, table_id: str) -> int | None:
         """The uid of the live table "namespace.table"; None when there is none."""

@@ -1,0 +1,51 @@
+"""User clean-up jobs: a user's rows leave every table, and the user with them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import msgspec
+
+from kalamdb.errors import TransactionConflict
+from kalamdb.jobs.context import JobContext
+from kalamdb.jobs.model import Outcome, Skipped, Snooze
+from kalamdb.jobs.registry import JobExecutor
+from kalamdb.storage.jobs import OnInterrupt
+
+_BUSY_S = 1.0
+
+
+class UserCleanupParams(msgspec.Struct, frozen=True):
+    """One user; without, every user who was dropped longer than the grace time ago."""
+
+    user_id: Annotated[str, msgspec.Meta(min_length=1)] | None = None
+
+
+class UserCleanupExecutor(JobExecutor[UserCleanupParams]):
+    """Erases users: rows of USER and STREAM tables in both tiers, then the record."""
+
+    job_type = "user_cleanup"
+    prefix = "UC"
+    Params = UserCleanupParams
+    on_interrupt = OnInterrupt.REQUEUE
+
+    def idempotency_key(self, params: UserCleanupParams, table_uid: int | None) -> str | None:
+        return "erase" if params.user_id is None else f"erase:{params.user_id}"
+
+    def concurrency_key(self, params: UserCleanupParams, table_uid: int | None) -> str | None:
+        return "erase"
+
+    def execute(self, ctx: JobContext[UserCleanupParams]) -> Outcome:
+        assert ctx.services is not None
+        try:
+            report = ctx.services.maintenance.erase_users(ctx.params.user_id, ctx, _message)
+        except TransactionConflict:
+            return Snooze(_BUSY_S)
+        return None if report is not None else Skipped("no dropped user is past the grace time")
+
+
+def _message(report: Any) -> str:
+    return (
+        f"Erased {report.users:,} users: {report.rows:,} cold rows of {report.tables:,} tables, "
+        f"{report.segments:,} segments rewritten"
+    )
