@@ -110,6 +110,8 @@ class AppContext:
             )  # fmt: skip
             self.store.pressure = self.schedulers.press
             self._remover = Loop("removal", lambda: self.backend.remove_retired(), _REMOVAL_INTERVAL_S, self.clock)
+            # A table that is quiet right after its flush is emptied by one range delete instead of row by row.
+            self.backend.observe(lambda batch, _: self._remover.wake() if batch.retire else None)
             stack.pop_all()
 
     def _open_backend(self) -> StorageBackend:

@@ -34,8 +34,6 @@ from kalamdb.tables.transaction import (
 )
 from kalamdb.types import Scope, Seq, TableKind
 
-_GENERATED = frozenset({DefaultFunction.SNOWFLAKE_ID, DefaultFunction.UUID_V7, DefaultFunction.ULID})
-
 
 class OnConflict(StrEnum):
     """What an INSERT does with a row whose key exists."""
@@ -292,14 +290,6 @@ class Writer:
         return Written(len(rows), tuple(rows))
 
 
-def has_generated_key(layout: Layout, given: frozenset[int]) -> bool:
-    """Whether each key column that the statement does not name is generated, and at least one is."""
-    missing = [layout.columns[index] for index in layout.pk_indexes if index not in given]
-    return bool(missing) and all(
-        column.default is not None and column.default.function in _GENERATED for column in missing
-    )
-
-
 def insert_columns(
     store: TableStore,
     entry: CatalogEntry,
@@ -454,4 +444,4 @@ def _exists(entry: CatalogEntry, layout: Layout, row: pa.Table) -> UniqueViolati
     )
 
 
-__all__ = ["FLAGS", "Defaults", "OnConflict", "Writer", "Written", "has_generated_key", "insert_columns"]
+__all__ = ["FLAGS", "Defaults", "OnConflict", "Writer", "Written", "insert_columns"]
