@@ -35,11 +35,22 @@ from kalamdb.storage import (
 )
 from kalamdb.tables.layout import KEY
 from kalamdb.tables.mirror import write_mirror
-from kalamdb.tables.segments import IntentRecord, SegmentRecord, segment_path, write_segment
+from kalamdb.tables.segments import IntentRecord, SegmentRecord, matches, segment_path, write_segment
 from kalamdb.tables.store import Moment, TableState, TableStore, Version, Watch
 from kalamdb.types import RowFlags, Scope, Seq
 
+_HOT_LOOKUP_ROWS = 65_536
+"""Hot rows that are looked up among the keys of a large statement at once."""
+
 JobOps = Sequence[JobInsert | JobMove | JobFence]
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """The moment at which the keys of a draft were looked up."""
+
+    seq: Seq
+    manifest_version: Seq
 
 
 @dataclass(slots=True)
@@ -52,6 +63,8 @@ class SegmentDraft:
     """In the segment schema, sorted by row key, each key once, `_seq` 1..n."""
     expected: dict[int, Seq] = field(default_factory=dict)
     """Row index -> newest version that it replaces; rows not named expect none."""
+    checked: Checked | None = None
+    """When `expected` was found so, where the caller knows it."""
 
 
 class Naming:
@@ -166,30 +179,41 @@ def _publish_checked(
     watches: Sequence[Watch],
     jobs: JobOps,
 ) -> Commit:
+    # What the caller checked before the watches began holds as long as nobody wrote since. Otherwise
+    # the keys are looked up again, and from then on the watches tell which keys were written.
+    known = [draft.checked for draft, _, _ in written]
+    checks = [one for one in known if one is not None] if None not in known else None
+    watched = False
     for _ in range(store.limits.conflict_retries):
-        with store.frozen() as moment:
-            states = [moment.state(draft.entry) for draft, _, _ in written]
-            for (draft, _, _), state in zip(written, states, strict=True):
-                _check_expected(store, draft, moment, state)
-            base = moment.snapshot.seq
-        for _ in range(store.limits.conflict_retries):
-            batch = Batch(jobs=list(jobs), names_files=True)
-            for (draft, names, record), watch, state in zip(written, watches, states, strict=True):
-                batch.quiet.append((draft.entry.definition.uid, max(base, _check_watch(store, draft, watch))))
-                checks = {op.key: op for op in store.preconditions(draft.entry, draft.scopes)}
-                batch.hints.update((draft.entry.definition.uid, scope) for scope in draft.scopes)
-                batch.records += checks.values()
-                batch.records += publish(store, draft.entry, [record], names, manifest=state.manifest_version)
-                batch.reserve = max(batch.reserve, record.rows)
-            try:
-                return store.commit(batch)
-            except ExpectationFailed as failed:
-                if failed.what == "quiet":
-                    continue
-                if failed.what == "record" and failed.key[:1] == bytes([RecordKind.MANIFEST]):
-                    break
+        if checks is None:
+            checks, watched = _check_all(store, [draft for draft, _, _ in written]), True
+        batch = Batch(jobs=list(jobs), names_files=True)
+        for (draft, names, record), watch, check in zip(written, watches, checks, strict=True):
+            seq = max(check.seq, _check_watch(store, draft, watch)) if watched else check.seq
+            batch.quiet.append((draft.entry.definition.uid, seq))
+            alive = {op.key: op for op in store.preconditions(draft.entry, draft.scopes)}
+            batch.hints.update((draft.entry.definition.uid, scope) for scope in draft.scopes)
+            batch.records += alive.values()
+            batch.records += publish(store, draft.entry, [record], names, manifest=check.manifest_version)
+            batch.reserve = max(batch.reserve, record.rows)
+        try:
+            return store.commit(batch)
+        except ExpectationFailed as failed:
+            moved = failed.what == "record" and failed.key[:1] == bytes([RecordKind.MANIFEST])
+            if failed.what != "quiet" and not moved:
                 raise
+            if moved or not watched:
+                checks = None
     raise TransactionConflict("the tables kept changing while a large statement was committed; try again")
+
+
+def _check_all(store: TableStore, drafts: Sequence[SegmentDraft]) -> list[Checked]:
+    """Look all keys up; raises ExpectationFailed when one is not at its expected version any more."""
+    with store.frozen() as moment:
+        states = [moment.state(draft.entry) for draft in drafts]
+        for draft, state in zip(drafts, states, strict=True):
+            _check_expected(store, draft, moment, state)
+        return [Checked(moment.snapshot.seq, state.manifest_version) for state in states]
 
 
 def _check_watch(store: TableStore, draft: SegmentDraft, watch: Watch) -> Seq:
@@ -237,11 +261,11 @@ def existing(
     if not len(column):
         return hits
     one_scope = scopes[0] if len(scopes) == 1 else None
-    for chunk in moment.snapshot.hot(entry.definition.uid, one_scope):
-        for row in chunk:
-            index = index_of(column, row.key)
-            if index is not None:
-                hits[index] = Version(row.seq, row.flags, row.payload)
+    sought = column.combine_chunks()
+    for chunk in moment.snapshot.hot(entry.definition.uid, one_scope, chunk_rows=_HOT_LOOKUP_ROWS):
+        for index, position in matches(pa.array([row.key for row in chunk], pa.binary()), sought):
+            row = chunk[index]
+            hits[position] = Version(row.seq, row.flags, row.payload)
     for segment in state.segments:
         for index, found in store.segments.find_many(segment, column):
             if index not in hits or hits[index].seq < found.seq:

@@ -219,39 +219,44 @@ def _write_outputs(
     store: TableStore, entry: CatalogEntry, plan: Plan, job: JobHandle, names: Naming
 ) -> list[SegmentRecord]:
     layout = store.layout(entry.definition)
-    into_base = plan.level == 1
-    kept: list[pa.Table] = []
     total = sum(segment.record.rows for segment in plan.inputs)
-    done = 0
+    if plan.level == 0:
+        rows = (merged for merged, _ in _merged(store, layout, plan, job))
+        return _write_runs(store, layout, rows, names, level=0, rows_max=total)
+    deletions = 0
 
     def live() -> Iterator[pa.Table]:
-        nonlocal done
-        for merged, read in merge(store, layout, plan.inputs):
-            job.check()
-            if plan.without is not None:
-                merged = _outside(merged, plan.without)
-            done += read
-            job.progress(done, total, "rows")
-            if not into_base:
-                yield merged
-                continue
-            flags = merged.column(FLAGS).to_numpy()
-            deleted = (flags & RowFlags.DELETED) != 0
-            if deleted.any():
-                gone = merged.filter(pa.array(deleted))
-                gone = gone.filter(pc.greater(gone.column(SEQ), plan.droppable))
-                if len(gone):
-                    kept.append(_unmarked(gone, plan.settled))
-                merged = merged.filter(pa.array(~deleted))
-            if len(merged):
-                yield _unmarked(merged, plan.settled)
+        nonlocal deletions
+        for merged, deleted in _merged(store, layout, plan, job):
+            deletions += len(deleted)
+            yield merged
 
     bytes_per_row = sum(segment.record.size_bytes for segment in plan.inputs) / total
-    rows_max = max(int(store.limits.segment_bytes_max / bytes_per_row), 1) if into_base else total
-    outputs = _write_runs(store, layout, live(), names, level=plan.level, rows_max=rows_max)
-    if kept:
-        outputs += _write_runs(store, layout, iter(kept), names, level=1, rows_max=total)
+    rows_max = max(int(store.limits.segment_bytes_max / bytes_per_row), 1)
+    outputs = _write_runs(store, layout, live(), names, level=1, rows_max=rows_max)
+    if deletions:
+        # Read once more rather than kept: there may be more of them than memory.
+        kept = (deleted for _, deleted in _merged(store, layout, plan, job))
+        outputs += _write_runs(store, layout, kept, names, level=1, rows_max=total)
     return outputs
+
+
+def _merged(store: TableStore, layout: Layout, plan: Plan, job: JobHandle) -> Iterator[tuple[pa.Table, pa.Table]]:
+    """(rows, deletions that stay) of the inputs of a plan, in key order; level 0 keeps both together."""
+    total, done = sum(segment.record.rows for segment in plan.inputs), 0
+    for merged, read in merge(store, layout, plan.inputs):
+        job.check()
+        done += read
+        job.progress(done, total, "rows")
+        if plan.without is not None:
+            merged = _outside(merged, plan.without)
+        if plan.level == 0:
+            yield merged, merged.slice(0, 0)
+            continue
+        deleted = pa.array((merged.column(FLAGS).to_numpy() & RowFlags.DELETED) != 0)
+        gone = merged.filter(deleted)
+        gone = gone.filter(pc.greater(gone.column(SEQ), plan.droppable))
+        yield _unmarked(merged.filter(pc.invert(deleted)), plan.settled), _unmarked(gone, plan.settled)
 
 
 def _write_runs(

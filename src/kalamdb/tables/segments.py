@@ -531,11 +531,9 @@ class SegmentCache:
             if first == last:
                 continue
             index = self._index(segment, group)
-            positions = pc.index_in(column.slice(first, last - first), value_set=index.keys).to_pylist()
-            for offset, position in enumerate(positions):
-                if position is not None:
-                    flags = int(index.flags[position])
-                    yield first + offset, Found(segment, group, position, int(index.seqs[position]), flags)
+            for offset, position in matches(column.slice(first, last - first).combine_chunks(), index.keys):
+                seq, flags = int(index.seqs[position]), int(index.flags[position])
+                yield first + offset, Found(segment, group, position, seq, flags)
 
     def row(self, found: Found) -> pa.Table:
         """The one row that `find` found, in the segment's own schema version."""
@@ -589,6 +587,14 @@ class SegmentCache:
                     moved = pc.add(table.column(SEQ), segment.seq_base)
                     table = table.set_column(table.schema.get_field_index(SEQ), table.schema.field(SEQ), moved)
                 yield table
+
+
+def matches(wanted: pa.Array, among: pa.Array) -> Iterator[tuple[int, int]]:
+    """(index in `wanted`, index in `among`) of the values that stand in both; `among` holds each once."""
+    positions = pc.index_in(wanted, value_set=among)
+    hits = np.flatnonzero(positions.is_valid().to_numpy(zero_copy_only=False))
+    found = positions.take(pa.array(hits)).to_numpy()
+    yield from zip(hits.tolist(), found.tolist(), strict=True)
 
 
 def _guarded(segment: Segment, read: Callable[[], Any]) -> Any:

@@ -44,6 +44,7 @@ from kalamdb.tables.segments import Found, Segment, SegmentCache, SegmentRecord,
 from kalamdb.types import SHARED_SCOPE, RowFlags, Scope, Seq, TableKind, TableUid
 
 _BUSY_RETRIES = 8
+_COUNTED_COMMITS_MAX = 8192
 _BUSY_WAIT_S = 0.02
 _SHARED_PREFIX = keys.scope_prefix(SHARED_SCOPE)
 
@@ -94,9 +95,18 @@ class HotFigures:
         if not self.commits:
             self.oldest_ms, self.oldest_seq = now_ms, seq
         self.commits.append((seq, rows, bytes_, now_ms))
+        if len(self.commits) > _COUNTED_COMMITS_MAX:
+            self._merge()
         self.rows += rows
         self.bytes_ += bytes_
         self.last_seq = seq
+
+    def _merge(self) -> None:
+        """Count two commits as one: many small ones must not take more memory than their rows."""
+        entries = list(self.commits)
+        pairs = zip(entries[::2], entries[1::2], strict=False)
+        merged = [(late[0], old[1] + late[1], old[2] + late[2], old[3]) for old, late in pairs]
+        self.commits = deque(merged + entries[len(merged) * 2 :])
 
     def retire(self, watermark: Seq) -> None:
         """Forget what is at or below the watermark."""

@@ -17,7 +17,7 @@ from kalamdb.clock import Clock, seq_to_ms, ulid, uuid_v7
 from kalamdb.errors import InvalidRequest, UniqueViolation
 from kalamdb.schema import ColumnDef, Default, DefaultFunction, TypeName
 from kalamdb.storage import ABSENT, Batch, ExpectationFailed, RowOp, StorageBackend, keys
-from kalamdb.tables.bulk import SegmentDraft, commit_drafts, existing, sort_by_key, with_flags
+from kalamdb.tables.bulk import Checked, SegmentDraft, commit_drafts, existing, sort_by_key, with_flags
 from kalamdb.tables.codec import Stored, column_codec
 from kalamdb.tables.layout import FLAGS, KEY, SEQ, Layout, Row
 from kalamdb.tables.read import bucket_of
@@ -334,7 +334,9 @@ def _publish(
 ) -> int | None:
     """One attempt; None when another writer came in between."""
     with store.frozen() as moment:
-        hits = existing(store, entry, rows.column(KEY), moment, moment.state(entry), scopes)
+        state = moment.state(entry)
+        checked = Checked(moment.snapshot.seq, state.manifest_version)
+        hits = existing(store, entry, rows.column(KEY), moment, state, scopes)
     live = [index for index, version in hits.items() if version.is_live]
     if live and on_conflict is OnConflict.ERROR:
         raise _exists(entry, layout, rows.slice(live[0], 1))
@@ -346,7 +348,7 @@ def _publish(
     flagged = with_flags(rows, hits).select(layout.schema.names).cast(layout.schema)
     expected = {index: version.seq for index, version in hits.items()}
     try:
-        commit_drafts(store, [SegmentDraft(entry, scopes, flagged, expected)])
+        commit_drafts(store, [SegmentDraft(entry, scopes, flagged, expected, checked)])
     except ExpectationFailed as failed:
         if failed.what == "record":
             raise refused(store, failed) from failed
