@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from kalamdb.catalog import Catalog
 from kalamdb.clock import Clock, SystemClock
 from kalamdb.config import SETTINGS, Settings
 from kalamdb.files import FileOps, LocalFiles
-from kalamdb.jobs import JobRegistry, UnifiedJobManager
+from kalamdb.jobs import JobExecutor, JobRegistry, UnifiedJobManager
 from kalamdb.jobs.executors.cleanup import CleanupExecutor
 from kalamdb.jobs.executors.compact import CompactExecutor
 from kalamdb.jobs.executors.flush import FlushExecutor
@@ -31,6 +31,7 @@ from kalamdb.sql.engine import Engine, EngineLimits
 from kalamdb.sql.query import Reader
 from kalamdb.sql.rows import Rows
 from kalamdb.sql.session import Session
+from kalamdb.sql.statements import JobVerb
 from kalamdb.sql.tokens import SqlLimits
 from kalamdb.sql.users import UserAdmin
 from kalamdb.storage import StorageBackend
@@ -162,6 +163,9 @@ class AppContext:
             cancel_timeout_s=s["jobs.cancel_timeout_s"],
             quarantine_after=s["jobs.quarantine_after"],
             queued_max=s["jobs.queued_max"],
+            history_completed_days=s["jobs.history_completed_days"],
+            history_failed_days=s["jobs.history_failed_days"],
+            history_rows_max=s["jobs.history_rows_max"],
             shutdown_timeout_s=s["shutdown.timeout_s"],
         )
         log = None
@@ -186,6 +190,8 @@ class AppContext:
                 manifests=self._manifests,
                 settings=self._setting_rows,
                 stats=self._stats,
+                job_queues=lambda: self._job_manager.queues.table_rows(),
+                job_executors=lambda: map(_executor_row, self.job_registry.executors()),
                 segments_directory=str(root),
             )
         )
@@ -235,7 +241,7 @@ class AppContext:
         rows = Rows(self.store, reader, self.clock)
         jobs = _SqlJobs(self)
         admin = Admin(self.store, self.catalog, reader, self.system_tables, jobs, self.clock)
-        users = UserAdmin(self.users, jobs.erase_insert, jobs.wake)
+        users = UserAdmin(self.users, jobs.erase_insert)
         self.rows = rows
         return Session(
             self.store, reader, rows, admin, users, self.clock,
@@ -281,6 +287,21 @@ class AppContext:
             stack.callback(self.schedulers.stop)
 
 
+def _executor_row(executor: JobExecutor[Any]) -> Sequence[Any]:
+    """A row of system.job_executors."""
+    return (
+        executor.job_type,
+        executor.prefix,
+        executor.queue,
+        executor.priority,
+        executor.max_retries,
+        executor.timeout_s,
+        executor.on_interrupt.value,
+        None,
+        executor.schema(),
+    )
+
+
 class _SqlJobs:
     """The job manager as SQL statements use it."""
 
@@ -297,11 +318,34 @@ class _SqlJobs:
     def erase_insert(self, user_id: str) -> JobInsert:
         return self._context.job_manager.prepare(JobRequest(job_type="user_cleanup", params={"user_id": user_id}))
 
-    def cancel(self, job_id: str) -> Any:
-        return self._context.job_manager.cancel_job(job_id)
+    def control(self, verb: JobVerb, job_id: str) -> Any:
+        manager = self._context.job_manager
+        match verb:
+            case JobVerb.CANCEL:
+                return manager.cancel_job(job_id)
+            case JobVerb.PAUSE:
+                return manager.pause_job(job_id)
+            case JobVerb.RESUME:
+                return manager.resume_job(job_id)
+            case JobVerb.RETRY:
+                return manager.retry_job(job_id)
 
-    def wake(self) -> None:
-        self._context.job_manager.runner.wake()
+    def explain(self, job_id: str) -> Sequence[Any]:
+        return self._context.job_manager.explain_job(job_id)
+
+    def pause_queue(self, name: str, paused: bool, by: str) -> None:
+        manager = self._context.job_manager
+        if paused:
+            manager.pause_queue(name, by=by)
+        else:
+            manager.resume_queue(name)
+
+    def create(self, job_type: str, params: Any, by: str) -> str:
+        return self._context.job_manager.create_job(job_type, params, created_by=by).id
+
+    def prepare(self, job_type: str, params: Any, by: str) -> JobInsert:
+        request = JobRequest(job_type=job_type, params=params, created_by=by)
+        return self._context.job_manager.prepare(request)
 
     def has_compactable(self, uid: int) -> bool:
         store = self._context.store

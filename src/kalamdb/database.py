@@ -20,6 +20,7 @@ from kalamdb.config import Settings
 from kalamdb.errors import Closed, Corrupt, InvalidRequest
 from kalamdb.jobs import UnifiedJobManager
 from kalamdb.result import Result
+from kalamdb.sql import statements as st
 from kalamdb.sql.caller import Caller
 from kalamdb.storage.jobs import JobFence, JobMove
 from kalamdb.tables.transaction import Transaction as TableTransaction
@@ -214,9 +215,7 @@ class Database:
             yield transaction
             if not inner.ended:
                 inner.jobs += operations()
-                commit = inner.commit()
-                if commit is not None and commit.jobs:
-                    self._context.job_manager.runner.wake()
+                inner.commit()
 
     def check(self) -> CheckReport:
         """Verify records against files, checksums, indexes. Blocks while it reads every segment."""
@@ -284,8 +283,10 @@ class _Services:
         return self._database.context.maintenance
 
     def execute(self, sql: str, params: Any, *, user: str | None, fence: JobFence) -> Result:
-        words = sql.split(None, 1)
-        if words and words[0].upper() in ("INSERT", "UPDATE", "DELETE"):
+        statements = self._database.context.session.parsed(sql)
+        if any(isinstance(one, st.TransactionControl) for one in statements):
+            raise InvalidRequest("BEGIN and COMMIT cannot stand in SQL of a job; use ctx.transaction()")
+        if any(isinstance(one, st.Insert | st.Update | st.Delete | st.CreateJob) for one in statements):
             with self._database._transaction(user, lambda: [fence]) as transaction:
                 return transaction.execute(sql, params)
         return self._database.execute(sql, params, user=user)

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, asynccontextmanager
 from typing import Any, Generic, Protocol, TypeVar
 
 import msgspec
 
 from kalamdb.clock import Clock
-from kalamdb.errors import LeaseLost, LimitExceeded
+from kalamdb.errors import InvalidRequest, LeaseLost, LimitExceeded, Unavailable
+from kalamdb.jobs.endings import Endings
 from kalamdb.jobs.model import InterruptReason, Job, JobInterrupted
 from kalamdb.jobs.settings import JobSettings
 from kalamdb.storage import Batch, StorageBackend
-from kalamdb.storage.jobs import JobEvent, JobFence, JobMove, JobRow, JobStatus, Progress
+from kalamdb.storage.jobs import Events, JobEvent, JobFence, JobMove, JobRow, JobStatus, Progress
 
 Params = TypeVar("Params")
 _PROGRESS_INTERVAL_S = 0.25
+_PROGRESS_TEXT_MAX = 500
 
 
 class JobServices(Protocol):
@@ -44,52 +47,52 @@ class JobServices(Protocol):
 
 
 class JobContext(Generic[Params]):
-    """One attempt of a job. Everything through it raises LeaseLost once the lease is gone. Thread-safe."""
+    """One attempt of a job. Everything through it raises LeaseLost once the lease is gone. Thread-safe.
+
+    In async executors the calls that wait for the database have awaitable twins: `aexecute`, `ainsert`,
+    `atransaction`, `acheckpoint`, `acreate_job`. The plain ones would hold up every async job.
+    """
+
+    params: Params
+    """Parameters as the executor's type; set before `execute` is called."""
 
     def __init__(
         self,
         row: JobRow,
-        params: Params,
         *,
         backend: StorageBackend,
         services: JobServices | None,
         clock: Clock,
         settings: JobSettings,
-        on_change: Callable[[JobRow], None],
-        view: Callable[[JobRow], Job],
+        endings: Endings,
         create: Callable[..., Job],
     ) -> None:
         assert row.lease_id is not None
-        self.params = params
+        self.row = row
+        """The job as it was when this attempt began."""
         self.lease_id: int = row.lease_id
         self.attempt = row.attempt
         self.checkpoint_state: Any = row.checkpoint
         self.services = services
-        self.sealed: JobRow | None = None
-        """The row that ended the job inside a commit of the executor."""
-        self._row = row
+        self.sealed = False
+        """Whether a move that ends the job was handed out, for a commit of the executor."""
         self._backend = backend
         self._clock = clock
         self._settings = settings
-        self._on_change = on_change
-        self._view = view
+        self._endings = endings
         self._create = create
         self._lock = threading.RLock()
         self._interrupt: InterruptReason | None = None
         self._revoked = False
-        self._shown_s = -1e9
-        self._pending: Progress | None = None
+        self._shown_s: float | None = None
+        self._progress: Progress | None = None
+        self._unsaved = False
         self.log = JobLog(self)
 
     @property
     def job(self) -> Job:
-        """The job as of the last change through this context."""
-        return self._view(self._row)
-
-    @property
-    def row(self) -> JobRow:
-        """The stored row as this attempt knows it."""
-        return self._row
+        """The job as it is stored now."""
+        return Job(self._backend.jobs.get(self.row.job_id) or self.row, self._backend.jobs)
 
     @property
     def cancelled(self) -> bool:
@@ -118,64 +121,86 @@ class JobContext(Generic[Params]):
     def _require_lease(self) -> None:
         if self._revoked:
             raise LeaseLost(
-                f"job '{self._row.job_id}' does not hold lease {self.lease_id} any more; nothing was written"
+                f"job '{self.row.job_id}' does not hold lease {self.lease_id} any more; nothing was written"
             )
+
+    # Progress, checkpoint, log
 
     def progress(self, done: int, total: int | None = None, unit: str = "", text: str = "") -> None:
         """Say how far the work is; never goes backwards. Stored at most four times a second."""
         with self._lock:
             self._require_lease()
-            last = self._pending or self._row.progress
-            if last is not None and self._row.progress is not None and done < last.done:
-                done = last.done
-            self._pending = Progress(done=done, total=total, unit=unit, text=text[:500])
+            done = max(int(done), self._progress.done if self._progress is not None else 0)
+            self._progress = Progress(
+                done=done, total=None if total is None else int(total), unit=str(unit)[:_PROGRESS_TEXT_MAX],
+                text=str(text)[:_PROGRESS_TEXT_MAX],
+            )  # fmt: skip
+            self._unsaved = True
             now_s = self._clock.monotonic_s()
-            if now_s - self._shown_s >= _PROGRESS_INTERVAL_S:
+            if self._shown_s is None or now_s - self._shown_s >= _PROGRESS_INTERVAL_S:
                 self._shown_s = now_s
-                self._save(msgspec.structs.replace(self._row, progress=self._pending))
+                self.amend({})
 
     def checkpoint(self, state: Any) -> None:
-        """Keep `state` (JSON-like) for the next attempt; durable on return. Raises LimitExceeded."""
-        size = len(msgspec.msgpack.encode(state))
-        if size > self._settings.checkpoint_bytes_max:
+        """Keep `state` (JSON-like) for the next attempt; durable on return. Raises LimitExceeded, InvalidRequest."""
+        limit = self._settings.checkpoint_bytes_max
+        try:
+            encoded = msgspec.json.encode(state)
+        except Exception as exc:
+            raise InvalidRequest(f"the checkpoint of job '{self.row.job_id}' has no JSON form: {exc}") from exc
+        if len(encoded) > limit:
             raise LimitExceeded(
-                f"the checkpoint of job '{self._row.job_id}' takes {size} bytes, "
-                f"at most {self._settings.checkpoint_bytes_max} are allowed (jobs.checkpoint_bytes_max)"
+                f"the checkpoint of job '{self.row.job_id}' takes {len(encoded)} bytes, "
+                f"at most {limit} are allowed (jobs.checkpoint_bytes_max)"
             )
+        kept = msgspec.json.decode(encoded)
         with self._lock:
             self._require_lease()
-            self._save(msgspec.structs.replace(self._row, checkpoint=state), durable=True)
-            self.checkpoint_state = state
-
-    def _save(self, row: JobRow, events: tuple[tuple[str, str], ...] = (), *, durable: bool = False) -> None:
-        row = msgspec.structs.replace(row, updated_at=self._clock.now_ms())
-        commit = self._backend.commit(Batch(jobs=[JobMove(JobStatus.RUNNING, self.lease_id, row, events)]))
-        self._row = msgspec.structs.replace(row, events=row.events + len(events))
-        self._on_change(self._row)
-        if durable:
-            self._backend.wait_durable(commit)
+            self.amend({"checkpoint": kept}, durable=True)
+            self.checkpoint_state = kept
 
     def write_event(self, level: str, text: str) -> None:
         """Add a line to the job's history under the lease."""
+        raw = str(text).encode(errors="backslashreplace")[: self._settings.message_bytes_max]
         with self._lock:
             self._require_lease()
-            self._save(self._row, ((level, text[: self._settings.message_bytes_max]),))
+            self.amend({}, ((level, raw.decode(errors="ignore")),))
+
+    def amend(self, changes: Mapping[str, Any], events: Events = (), *, durable: bool = False) -> None:
+        """Change columns of the running job under the lease. Raises LeaseLost."""
+        with self._lock:
+            batch = Batch(jobs=[self._move(changes, events)])
+            commit = self._backend.commit(batch)
+        if durable:
+            self._backend.wait_durable(commit)
+
+    def _move(self, changes: Mapping[str, Any], events: Events = ()) -> JobMove:
+        return JobMove(
+            self.row.job_id, JobStatus.RUNNING, self.lease_id, {**changes, **self.unsaved_progress()}, events
+        )
+
+    def unsaved_progress(self) -> dict[str, Any]:
+        """The change that stores the newest progress, if it is not stored."""
+        unsaved, self._unsaved = self._unsaved, False
+        return {"progress": self._progress} if unsaved else {}
 
     def events(self) -> Sequence[JobEvent]:
         """The job's history."""
-        return self._backend.jobs.events(self._row.job_id)
+        return self._backend.jobs.events(self.row.job_id)
+
+    # Binding commits to the lease
 
     def fence(self) -> JobFence:
         """The precondition that the lease is held."""
         self._require_lease()
-        return JobFence(self._row.job_id, self.lease_id)
+        return JobFence(self.row.job_id, self.lease_id)
 
     def completion(self, message: str, result: Any = None) -> JobMove:
         """The move that ends the job as completed, for the commit that holds its last effect."""
         self._require_lease()
-        row = completed(self._row, message, result, self._clock.now_ms(), self._pending)
-        self.sealed = row
-        return JobMove(JobStatus.RUNNING, self.lease_id, row, (("INFO", f"Job completed: {message}"),))
+        self.sealed = True
+        ending = self._endings.completed(message, result)
+        return self._move(ending.changes, ending.events)
 
     def seal(self, batch: Batch, *, message: str | None = None, result: Any = None) -> None:
         """Bind a batch to the lease; with `message` the batch also ends the job as completed."""
@@ -184,14 +209,14 @@ class JobContext(Generic[Params]):
 
     def intent_owner(self) -> tuple[str, int]:
         """(job id, lease id) for the intents of files."""
-        return self._row.job_id, self.lease_id
+        return self.row.job_id, self.lease_id
 
     # The database, under the lease
 
     def _services(self) -> JobServices:
         self._require_lease()
         if self.services is None:
-            raise LeaseLost("this job manager has no database")
+            raise Unavailable("this job manager has no database; only checks, progress and checkpoints work")
         return self.services
 
     def execute(
@@ -216,20 +241,61 @@ class JobContext(Generic[Params]):
         """Create a further job while the lease holds; arguments as UnifiedJobManager.create_job."""
         return self._create(job_type, params, idempotency_key, fence=self.fence(), **options)
 
+    # The same, awaitable
 
-def completed(row: JobRow, message: str | None, result: Any, now_ms: int, progress: Progress | None) -> JobRow:
-    """The row of a job that succeeded: trace cleared, lease given back."""
-    return msgspec.structs.replace(
-        row,
-        status=JobStatus.COMPLETED,
-        message=message,
-        result=result,
-        exception_trace=None,
-        lease_id=None,
-        finished_at=now_ms,
-        updated_at=now_ms,
-        progress=progress or row.progress,
-    )
+    async def aexecute(
+        self, sql: str, params: Sequence[Any] | Mapping[str, Any] | None = None, *, user: str | None = None
+    ) -> Any:
+        """See execute."""
+        return await asyncio.to_thread(self.execute, sql, params, user=user)
+
+    async def ainsert(self, table: str, data: Any, *, user: str | None = None) -> int:
+        """See insert."""
+        return await asyncio.to_thread(self.insert, table, data, user=user)
+
+    @asynccontextmanager
+    async def atransaction(
+        self, complete: str | None = None, *, user: str | None = None
+    ) -> AsyncIterator[AsyncTransaction]:
+        """See transaction; the calls of what it gives are awaitable."""
+        inner = self.transaction(complete, user=user)
+        entered = await asyncio.to_thread(inner.__enter__)
+        try:
+            yield AsyncTransaction(entered)
+        except BaseException as exc:
+            if not await asyncio.to_thread(inner.__exit__, type(exc), exc, exc.__traceback__):
+                raise
+        else:
+            await asyncio.to_thread(inner.__exit__, None, None, None)
+
+    async def acheckpoint(self, state: Any) -> None:
+        """See checkpoint."""
+        await asyncio.to_thread(self.checkpoint, state)
+
+    async def acreate_job(
+        self, job_type: str, params: Any = None, idempotency_key: str | None = None, **options: Any
+    ) -> Job:
+        """See create_job."""
+        return await asyncio.to_thread(self.create_job, job_type, params, idempotency_key, **options)
+
+
+class AsyncTransaction:
+    """A transaction whose calls are awaitable."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+
+    async def execute(self, sql: str, params: Any = None, **options: Any) -> Any:
+        """Run statements inside the transaction."""
+        return await asyncio.to_thread(self._inner.execute, sql, params, **options)
+
+    async def insert(self, table: str, data: Any, **options: Any) -> Any:
+        """Insert rows inside the transaction."""
+        return await asyncio.to_thread(self._inner.insert, table, data, **options)
+
+    async def create_job(self, job_type: str, params: Any = None, *arguments: Any, **options: Any) -> None:
+        """Create a job that lives and dies with the transaction."""
+        await asyncio.to_thread(self._inner.create_job, job_type, params, *arguments, **options)
 
 
 class JobLog:

@@ -1,19 +1,39 @@
 """jobs.log: the events of all jobs, one line each, in commit order.
 
-The file is a projection: each line ends where the next event begins, and the position of the last
-event in it is kept beside it, so lines missing after a crash are appended at the next start.
+The file is a projection of the store. How far it is (position of the last event, identity and size of the
+file) is a record in the store itself: after a crash the file is cut back to what the record says and
+written on from there, so no line is lost and none is there twice.
 """
 
 from __future__ import annotations
 
+import os
+import threading
 from pathlib import Path
 
-from kalamdb.clock import Clock
-from kalamdb.service import Loop
-from kalamdb.storage import StorageBackend
+import msgspec
 
-_INTERVAL_S = 0.2
+from kalamdb.clock import Clock
+from kalamdb.errors import KalamDbError
+from kalamdb.service import Loop
+from kalamdb.storage import Batch, Commit, RecordKind, RecordOp, StorageBackend, record_key
+
+_GATHER_S = 0.1
+"""An event waits this long for others to be written with it."""
+_IDLE_S = 3600.0
 _PASS_EVENTS = 1000
+_RELEASE_EVENTS = 20_000
+"""The order of events that were written is forgotten in steps of this many."""
+_MARK = record_key(RecordKind.META, "job_log")
+
+
+class _Mark(msgspec.Struct, frozen=True):
+    """How far the file is."""
+
+    position: int = 0
+    file: int = 0
+    """Inode of the file."""
+    size: int = 0
 
 
 class JobLogFile:
@@ -22,49 +42,102 @@ class JobLogFile:
     def __init__(self, backend: StorageBackend, path: Path, clock: Clock, *, bytes_max: int, files_max: int) -> None:
         self._backend = backend
         self._path = path
-        self._mark = path.with_name(path.name + ".position")
+        self._clock = clock
         self._bytes_max = bytes_max
         self._files_max = files_max
-        self._loop = Loop("job-log", self.step, _INTERVAL_S, clock)
-        self._position = 0
+        self._stopping = threading.Event()
+        self._loop = Loop("job-log", self._gather, _IDLE_S, clock)
+        self._lock = threading.Lock()
+        self._mark = _Mark()
+        self._released = 0
 
     def start(self) -> None:
-        """Append what is missing, then follow."""
+        """Mend the file after a crash, append what is missing, then follow."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        if self._mark.exists() and self._path.exists():
-            text = self._mark.read_text().strip()
-            self._position = int(text) if text.isdigit() else 0
+        with self._lock:
+            self._mark = self._mend()
+            self._released = self._mark.position
+        self._backend.observe(self._on_commit)
         self._loop.start()
+        self._loop.wake()
 
-    def wake(self) -> None:
-        """There may be new events."""
+    def _on_commit(self, batch: Batch, commit: Commit) -> None:
+        if commit.changed_jobs:
+            self._loop.wake()
+
+    def _mend(self) -> _Mark:
+        stored = self._backend.latest().records([_MARK])[0]
+        mark = _Mark() if stored is None else msgspec.msgpack.decode(stored.value, type=_Mark)
+        try:
+            found = self._path.stat()
+        except FileNotFoundError:
+            return msgspec.structs.replace(mark, file=0, size=0)
+        if found.st_ino == mark.file:
+            keep = min(mark.size, found.st_size)
+        elif (rotated := self._numbered(1)).exists() and rotated.stat().st_ino == mark.file:
+            # It was rotated after the mark: all of this file came later.
+            keep = 0
+        else:
+            # Somebody put another file there: leave what is in it.
+            keep = found.st_size
+        os.truncate(self._path, keep)
+        return msgspec.structs.replace(mark, file=found.st_ino, size=keep)
+
+    def _gather(self) -> bool:
+        self._clock.wait(self._stopping, _GATHER_S)
+        while self.step():
+            pass
+        return False
 
     def step(self) -> bool:
         """Append the next events; True when more wait."""
-        events = self._backend.jobs.events(None, after=self._position, limit=_PASS_EVENTS)
-        if not events:
-            return False
-        lines = [f"[{event.job_id}] {event.level} - {_one_line(event.text)}\n" for event in events]
-        if self._path.exists() and self._path.stat().st_size > self._bytes_max:
+        with self._lock:
+            mark = self._mark
+            head = self._backend.head()
+            events = self._backend.jobs.events(None, after=mark.position, limit=_PASS_EVENTS)
+            if not events:
+                return False
+            self._backend.wait_durable(Commit(max(head, self._backend.head()), (), ()))
+            text = "".join(f"[{one.job_id}] {one.level} - {_one_line(one.text)}\n" for one in events)
+            file, size = self._append(text.encode(errors="backslashreplace"))
+            self._mark = _Mark(events[-1].position, file, size)
+            self._backend.commit(Batch(records=[RecordOp(_MARK, msgspec.msgpack.encode(self._mark))]))
+            if self._mark.position - self._released >= _RELEASE_EVENTS:
+                self._backend.jobs.release_events(self._mark.position)
+                self._released = self._mark.position
+            return len(events) == _PASS_EVENTS
+
+    def _append(self, data: bytes) -> tuple[int, int]:
+        """Add lines; (inode, size) of the file after that."""
+        if self._path.exists() and self._path.stat().st_size >= self._bytes_max:
             self._rotate()
-        with self._path.open("a", encoding="utf-8", errors="backslashreplace") as file:
-            file.writelines(lines)
-        self._position = max(event.position for event in events)
-        self._mark.write_text(str(self._position))
-        return len(events) == _PASS_EVENTS
+        with self._path.open("ab") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            found = os.fstat(file.fileno())
+            return found.st_ino, found.st_size
+
+    def _numbered(self, number: int) -> Path:
+        return self._path.with_name(f"{self._path.name}.{number}")
 
     def _rotate(self) -> None:
         for number in range(self._files_max - 1, 0, -1):
-            older = self._path.with_name(f"{self._path.name}.{number}")
+            older = self._numbered(number)
             if older.exists():
-                older.replace(self._path.with_name(f"{self._path.name}.{number + 1}"))
-        self._path.replace(self._path.with_name(f"{self._path.name}.1"))
+                older.replace(self._numbered(number + 1))
+        self._path.replace(self._numbered(1))
 
     def stop(self) -> None:
         """Write all lines, then end."""
+        self._stopping.set()
         self._loop.stop()
-        while self.step():
-            pass
+        try:
+            while self.step():
+                pass
+        except KalamDbError:
+            # The store refuses: the next start writes the rest.
+            return
 
 
 def _one_line(text: str) -> str:

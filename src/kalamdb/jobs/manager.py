@@ -1,28 +1,66 @@
-"""The one job manager: creating, finding, waiting for and ending jobs."""
+"""The one job manager: creating, finding, waiting for, steering and ending jobs."""
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import datetime
+from dataclasses import dataclass
+from datetime import datetime, timedelta
 from typing import Any, Literal
 
 import msgspec
 
 from kalamdb.clock import Clock
-from kalamdb.errors import Conflict, IdempotencyConflict, InvalidRequest, LimitExceeded, NotFound, Timeout
+from kalamdb.errors import (
+    Conflict,
+    IdempotencyConflict,
+    InvalidRequest,
+    LeaseLost,
+    LimitExceeded,
+    NotFound,
+    Timeout,
+)
+from kalamdb.jobs.endings import Endings
+from kalamdb.jobs.explain import Reason, explain
 from kalamdb.jobs.log import JobLogFile
-from kalamdb.jobs.model import InterruptReason, Job, JobIds
-from kalamdb.jobs.registry import JobExecutor, JobRegistry, executor_of
+from kalamdb.jobs.model import Job, JobIds
+from kalamdb.jobs.queues import JobQueues, QueueRow, check_queue_name
+from kalamdb.jobs.registry import JobExecutor, JobRegistry, check_job_type, executor_of
 from kalamdb.jobs.runner import Runner
 from kalamdb.jobs.settings import JobSettings
-from kalamdb.storage import Batch, Fenced, StorageBackend
-from kalamdb.storage.jobs import JobFence, JobFilter, JobInsert, JobMove, JobRow, JobStatus, OnInterrupt, RetryPolicy
+from kalamdb.service import Loop
+from kalamdb.storage import Batch, Commit, StorageBackend
+from kalamdb.storage.jobs import (
+    PRIORITY_MAX,
+    Events,
+    Hold,
+    JobFence,
+    JobFilter,
+    JobInsert,
+    JobMove,
+    JobRow,
+    JobStatus,
+    OnInterrupt,
+    RetryPolicy,
+)
 from kalamdb.types import JobId
 
 _UNKNOWN_PREFIX = "UN"
 _MOVE_ATTEMPTS = 16
+_CREATED: Events = (("INFO", "Job created"),)
+_CREATED_MAX = 10_000
+_KEY_LENGTH_MAX = 512
+_PURGE_JOBS = 1000
+_PURGE_INTERVAL_S = 60.0
+_FOREVER_S = 366 * 86_400.0
+_SORT_COLUMNS = ("created_at", "updated_at", "priority")
+_HISTORY = {
+    JobStatus.COMPLETED: False,
+    JobStatus.SKIPPED: False,
+    JobStatus.CANCELLED: False,
+    JobStatus.FAILED: True,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +77,17 @@ class JobRequest:
     timeout_s: float | None = None
     allow_unknown: bool = False
     created_by: str = "system"
-    options: dict[str, Any] = field(default_factory=dict)
+
+
+class _Waiter:
+    """Somebody who waits for the end of one job."""
+
+    __slots__ = ("commit", "ended", "row")
+
+    def __init__(self) -> None:
+        self.ended = threading.Event()
+        self.row: JobRow | None = None
+        self.commit: Commit | None = None
 
 
 class UnifiedJobManager:
@@ -53,19 +101,35 @@ class UnifiedJobManager:
         settings: JobSettings,
         *,
         log: JobLogFile | None = None,
-        services: Any = None,
         resolve_table: Callable[[str], int | None] = lambda table_id: None,
     ) -> None:
         self._backend = backend
         self._clock = clock
         self._settings = settings
         self._ids = JobIds(clock)
-        self._changed = threading.Condition()
+        self._waiters: dict[JobId, list[_Waiter]] = {}
+        self._waiters_lock = threading.Lock()
+        self._resolve_table = resolve_table
+        self._stopped = threading.Event()
         self.registry = registry
-        self.resolve_table = resolve_table
         self.log = log
-        self.runner = Runner(self, backend, registry, clock, settings, services)
+        self.queues = JobQueues(backend, clock)
+        endings = Endings(clock, settings)
+        self.runner = Runner(backend, registry, self.queues, clock, settings, endings, self.create_job)
+        self._history = Loop("job-history", self.purge_history, _PURGE_INTERVAL_S, clock)
         registry.on_register = self.runner.wake
+        backend.observe(self._on_commit)
+
+    def _on_commit(self, batch: Batch, commit: Commit) -> None:
+        """Under the commit lock: whoever changed a job, in whatever batch, the runner and who waits hear of it."""
+        if commit.jobs_wait:
+            self.runner.wake()
+        if commit.changed_jobs and self._waiters:
+            for row in commit.changed_jobs:
+                if row.status.is_terminal and row.job_id in self._waiters:
+                    for waiter in self._waiters.get(row.job_id, ()):
+                        waiter.row, waiter.commit = row, commit
+                        waiter.ended.set()
 
     # Creating
 
@@ -82,6 +146,7 @@ class UnifiedJobManager:
         timeout_s: float | None = None,
         on_conflict: Literal["error", "return"] = "error",
         allow_unknown: bool = False,
+        created_by: str = "system",
         fence: JobFence | None = None,
     ) -> Job:
         """Accept a job; durable on return, status `new`.
@@ -89,9 +154,11 @@ class UnifiedJobManager:
         None takes the executor's policy. Raises IdempotencyConflict (or returns that job with
         on_conflict="return"), NotFound for a type without executor, LimitExceeded, InvalidRequest.
         """
+        if on_conflict not in ("error", "return"):
+            raise InvalidRequest(f"on_conflict '{on_conflict}' is not one of error, return")
         request = JobRequest(
             job_type=job_type, params=params, idempotency_key=idempotency_key, max_retries=max_retries, queue=queue,
-            priority=priority, run_at=run_at, timeout_s=timeout_s, allow_unknown=allow_unknown,
+            priority=priority, run_at=run_at, timeout_s=timeout_s, allow_unknown=allow_unknown, created_by=created_by,
         )  # fmt: skip
         insert = self.prepare(request)
         try:
@@ -103,100 +170,109 @@ class UnifiedJobManager:
                 return found
             raise
         self._backend.wait_durable(commit)
-        created = msgspec.structs.replace(insert.row, job_id=commit.jobs[0], events=len(insert.events))
-        self.note(created)
-        return self.view(created)
+        return self.view(commit.changed_jobs[0])
 
     def create_jobs(self, requests: Sequence[JobRequest | Mapping[str, Any]]) -> list[Job]:
-        """Accept many jobs in one commit; all or none."""
-        inserts = [self.prepare(one if isinstance(one, JobRequest) else JobRequest(**one)) for one in requests]
+        """Accept many jobs in one commit; all or none. At most 10,000."""
+        if len(requests) > _CREATED_MAX:
+            raise LimitExceeded(f"{len(requests)} jobs are to be created at once, at most {_CREATED_MAX} are allowed")
+        inserts: list[JobInsert | JobMove | JobFence] = []
+        for one in requests:
+            try:
+                request = one if isinstance(one, JobRequest) else JobRequest(**one)
+            except TypeError as exc:
+                raise InvalidRequest(f"request {len(inserts) + 1} is not one: {exc}") from None
+            inserts.append(self.prepare(request, before=len(inserts)))
         if not inserts:
             return []
-        commit = self._backend.commit(Batch(jobs=list(inserts)))
+        try:
+            commit = self._backend.commit(Batch(jobs=inserts))
+        except IdempotencyConflict as conflict:
+            conflict.job = self.view(conflict.job)
+            raise
         self._backend.wait_durable(commit)
-        rows = [
-            msgspec.structs.replace(insert.row, job_id=job_id, events=len(insert.events))
-            for insert, job_id in zip(inserts, commit.jobs, strict=True)
-        ]
-        self.runner.wake()
-        return [self.view(row) for row in rows]
+        return [self.view(row) for row in commit.changed_jobs]
 
-    def prepare(self, request: JobRequest) -> JobInsert:
-        """The operation that accepts a job, for a batch of the caller."""
+    def prepare(self, request: JobRequest, *, before: int = 0) -> JobInsert:
+        """The operation that accepts a job, for a batch of the caller that holds `before` others already."""
         executor = self.registry.get(request.job_type)
         if executor is None and not request.allow_unknown:
             raise NotFound(
                 f"there is no executor for job type '{request.job_type}'; register one or pass allow_unknown=True"
             )
-        waiting = self._backend.jobs.count(JobStatus.NEW) + self._backend.jobs.count(JobStatus.QUEUED)
-        if waiting >= self._settings.queued_max:
-            raise LimitExceeded(
-                f"{waiting} jobs wait already, at most {self._settings.queued_max} are allowed (jobs.queued_max)"
-            )
-        parameters = self._parameters(request, executor)
+        check_job_type(request.job_type)
+        self._check_room(before)
+        parameters = self._parameters(request)
         decoded = executor.decode(parameters) if executor is not None else None
         table_uid = parameters.get("table_uid")
         if table_uid is None and isinstance(parameters.get("table_id"), str):
-            table_uid = self.resolve_table(parameters["table_id"])
+            table_uid = self._resolve_table(parameters["table_id"])
         key = request.idempotency_key
         if key is None and executor is not None:
             key = executor.idempotency_key(decoded, table_uid)
         now_ms = self._clock.now_ms()
-        policy = executor.retry if executor is not None else None
-        retries = (
-            request.max_retries
-            if request.max_retries is not None
-            else executor.max_retries
-            if executor is not None
-            else None
-        )
-        if retries is None:
-            retries = self._settings.max_retries
-        if retries < 0:
-            raise InvalidRequest(f"max_retries is {retries}, 0 or more is allowed")
+        # One key space and one text form for all of the row: what cannot be stored is refused here.
         row = JobRow(
             job_id=JobId(""),
             job_type=request.job_type,
             parameters=parameters,
-            idempotency_key=key,
-            queue=request.queue or (executor.queue if executor is not None else "default"),
-            priority=request.priority or 0,
-            max_retries=retries,
-            concurrency_key=executor.concurrency_key(decoded, table_uid) if executor is not None else None,
+            idempotency_key=_key("idempotency_key", key),
+            queue=check_queue_name(request.queue if request.queue is not None else _of(executor, "queue", "default")),
+            priority=_whole(
+                "priority",
+                request.priority if request.priority is not None else _of(executor, "priority", 0),
+                -PRIORITY_MAX,
+                PRIORITY_MAX,
+            ),
+            max_retries=_whole("max_retries", self._retries(request, executor), 0, 1_000_000),
+            concurrency_key=_key(
+                "concurrency_key", executor.concurrency_key(decoded, table_uid) if executor is not None else None
+            ),
             table_uid=table_uid,
             created_by=request.created_by,
             created_at=now_ms,
             updated_at=now_ms,
             run_at=_milliseconds(request.run_at),
-            timeout_s=request.timeout_s
-            if request.timeout_s is not None
-            else executor.timeout_s
-            if executor is not None
-            else None,
-            on_interrupt=executor.on_interrupt if executor is not None else OnInterrupt.RETRY,
-            retry=policy or RetryPolicy(base_ms=self._settings.retry_backoff_ms),
+            timeout_s=_timeout(
+                request.timeout_s if request.timeout_s is not None else _of(executor, "timeout_s", None)
+            ),
+            on_interrupt=_of(executor, "on_interrupt", OnInterrupt.RETRY),
+            retry=_of(executor, "retry", None) or RetryPolicy(base_ms=self._settings.retry_backoff_ms),
         )
         prefix = executor.prefix if executor is not None else _UNKNOWN_PREFIX
-        return JobInsert(row, lambda: self._ids.next(prefix), (("INFO", "Job created"),))
+        return JobInsert(row, lambda: self._ids.next(prefix), _CREATED)
 
-    def _parameters(self, request: JobRequest, executor: JobExecutor[Any] | None) -> dict[str, Any]:
-        raw = {} if request.params is None else msgspec.to_builtins(request.params)
+    def _check_room(self, before: int) -> None:
+        count = self._backend.jobs.count
+        waiting = before + count(JobStatus.NEW) + count(JobStatus.QUEUED) + count(JobStatus.RETRYING)
+        if waiting >= self._settings.queued_max:
+            raise LimitExceeded(
+                f"{waiting} jobs wait already, at most {self._settings.queued_max} are allowed (jobs.queued_max)"
+            )
+
+    def _retries(self, request: JobRequest, executor: JobExecutor[Any] | None) -> int:
+        for given in (request.max_retries, _of(executor, "max_retries", None)):
+            if given is not None:
+                return int(given)
+        return self._settings.max_retries
+
+    def _parameters(self, request: JobRequest) -> dict[str, Any]:
+        """The parameters as their JSON reads: what SQL shows is what the executor gets."""
+        kind = request.job_type
+        raw = {} if request.params is None else request.params
         if isinstance(raw, (list, tuple)):
             raw = {f"arg{at}": value for at, value in enumerate(raw)}
-        if not isinstance(raw, dict):
-            raise InvalidRequest(
-                f"parameters of a '{request.job_type}' job must be an object, got {type(raw).__name__}"
-            )
         try:
-            size = len(msgspec.json.encode(raw))
-        except (TypeError, ValueError) as exc:
-            raise InvalidRequest(f"parameters of a '{request.job_type}' job have no JSON form: {exc}") from exc
-        if size > self._settings.parameters_bytes_max:
-            raise LimitExceeded(
-                f"parameters of a '{request.job_type}' job take {size} bytes, "
-                f"at most {self._settings.parameters_bytes_max} are allowed"
-            )
-        return raw
+            encoded = msgspec.json.encode(raw)
+        except Exception as exc:
+            raise InvalidRequest(f"parameters of a '{kind}' job have no JSON form: {exc}") from exc
+        limit = self._settings.parameters_bytes_max
+        if len(encoded) > limit:
+            raise LimitExceeded(f"parameters of a '{kind}' job take {len(encoded)} bytes, at most {limit} are allowed")
+        plain = msgspec.json.decode(encoded)
+        if not isinstance(plain, dict):
+            raise InvalidRequest(f"parameters of a '{kind}' job must be an object, got {type(raw).__name__}")
+        return plain
 
     def executor(
         self,
@@ -208,6 +284,7 @@ class UnifiedJobManager:
         timeout_s: float | None = None,
         on_interrupt: str = "retry",
         queue: str = "default",
+        priority: int = 0,
         concurrency_key: str | None = None,
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """Decorator that registers a function as the executor of a job type; see `executor_of`."""
@@ -216,7 +293,7 @@ class UnifiedJobManager:
             self.registry.register(
                 executor_of(
                     function, job_type, prefix=prefix, retry=retry, max_retries=max_retries, timeout_s=timeout_s,
-                    on_interrupt=on_interrupt, queue=queue, concurrency_key=concurrency_key,
+                    on_interrupt=on_interrupt, queue=queue, priority=priority, concurrency_key=concurrency_key,
                 )
             )  # fmt: skip
             return function
@@ -227,10 +304,13 @@ class UnifiedJobManager:
 
     def get_job(self, job_id: str) -> Job:
         """One job. Raises NotFound."""
-        row = self._backend.jobs.get(JobId(job_id))
+        return self.view(self._row(job_id))
+
+    def _row(self, job_id: str) -> JobRow:
+        row = self._backend.jobs.get(JobId(str(job_id)))
         if row is None:
             raise NotFound(f"Job '{job_id}' does not exist")
-        return self.view(row)
+        return row
 
     def list_jobs(
         self,
@@ -253,8 +333,10 @@ class UnifiedJobManager:
                 statuses = frozenset(JobStatus(str(one).lower()) for one in given)
             except ValueError as exc:
                 raise InvalidRequest(f"{exc}; states are {', '.join(JobStatus)}") from None
-        if sort_by not in ("created_at", "updated_at", "priority"):
-            raise InvalidRequest(f"sort_by '{sort_by}' is not one of created_at, updated_at, priority")
+        if sort_by not in _SORT_COLUMNS:
+            raise InvalidRequest(f"sort_by '{sort_by}' is not one of {', '.join(_SORT_COLUMNS)}")
+        if limit is not None and (isinstance(limit, bool) or limit < 0):
+            raise InvalidRequest(f"limit is {limit!r}; 0 or more, or None for all, is allowed")
         rows = self._backend.jobs.query(
             JobFilter(
                 job_type=job_type,
@@ -272,30 +354,35 @@ class UnifiedJobManager:
 
     def view(self, row: JobRow) -> Job:
         """A stored row as its users see it."""
-        return Job(row, lambda job_id: self._backend.jobs.events(JobId(job_id), limit=1_000_000))
+        return Job(row, self._backend.jobs)
+
+    def explain_job(self, job_id: str) -> list[Reason]:
+        """Why a job is not running, one reason each, and when each ends; never empty. Raises NotFound."""
+        return explain(self._row(job_id), self._backend.jobs, self.registry, self.queues, self.runner, self._clock)
 
     def wait(self, job_id: str, timeout_s: float | None = None) -> Job:
-        """Block until the job has ended, in whatever state. Raises Timeout, NotFound."""
-        deadline = None if timeout_s is None else self._clock.monotonic_s() + timeout_s
-        with self._changed:
-            while True:
-                job = self.get_job(job_id)
-                if job.status.is_terminal:
-                    return job
-                left = None if deadline is None else deadline - self._clock.monotonic_s()
-                if left is not None and left <= 0:
-                    raise Timeout(f"job '{job_id}' is still {job.status} after {timeout_s:g} s")
-                self._changed.wait(left)
+        """Block until the job has ended, in whatever state, and that is durable. Raises Timeout, NotFound."""
+        key, waiter = JobId(str(job_id)), _Waiter()
+        with self._waiters_lock:
+            self._waiters[key] = [*self._waiters.get(key, ()), waiter]
+        try:
+            row = self._row(job_id)
+            if not row.status.is_terminal:
+                if not self._clock.wait(waiter.ended, _FOREVER_S if timeout_s is None else max(timeout_s, 0.0)):
+                    raise Timeout(f"job '{job_id}' is still {self._row(job_id).status} after {timeout_s:g} s")
+                if waiter.row is None or waiter.commit is None:
+                    raise Conflict(f"the job manager was stopped before job '{job_id}' ended; it is {row.status}")
+                row = waiter.row
+            # Whoever is told of an end may rely on it.
+            self._backend.wait_durable(waiter.commit or Commit(self._backend.head(), (), ()))
+            return self.view(row)
+        finally:
+            with self._waiters_lock:
+                left = [one for one in self._waiters.pop(key, ()) if one is not waiter]
+                if left:
+                    self._waiters[key] = left
 
-    def note(self, row: JobRow) -> None:
-        """A job changed: wake who waits for it, and the runner."""
-        with self._changed:
-            self._changed.notify_all()
-        if self.log is not None:
-            self.log.wake()
-        self.runner.wake()
-
-    # Ending
+    # Steering
 
     def cancel_job(self, job_id: str) -> Job:
         """End a job. A running one is asked to stop and loses its lease after jobs.cancel_timeout_s.
@@ -304,69 +391,192 @@ class UnifiedJobManager:
         InvalidRequest when it had ended before, NotFound.
         """
         for _ in range(_MOVE_ATTEMPTS):
-            row = self.get_job(job_id).row
+            row = self._row(job_id)
             if row.status.is_terminal:
                 raise InvalidRequest(f"Cannot cancel job '{job_id}' in status {row.status}")
             if row.status is JobStatus.RUNNING:
-                return self.runner.cancel(row)
-            now_ms = self._clock.now_ms()
-            ended = msgspec.structs.replace(
-                row, status=JobStatus.CANCELLED, cancel_requested=True, finished_at=now_ms, updated_at=now_ms
-            )
-            if self._moved(JobMove(row.status, row.lease_id, ended, (("INFO", "Job cancelled by user"),))):
+                self.runner.cancel(row)
+                return self._ended(job_id)
+            changes = {"status": JobStatus.CANCELLED, "cancel_requested": True}
+            if self._moved(row, changes, (("INFO", "Job cancelled by user"),)):
                 return self.get_job(job_id)
-        raise Conflict(f"job '{job_id}' kept changing; try again")
+        raise self._restless(job_id)
+
+    def _ended(self, job_id: str) -> Job:
+        """The job after a cancellation: one that was interrupted otherwise meanwhile is cancelled where it waits."""
+        row = self._row(job_id)
+        if row.status.is_terminal:
+            self._backend.wait_durable(Commit(self._backend.head(), (), ()))
+            return self.view(row)
+        return self.cancel_job(job_id)
+
+    def pause_job(self, job_id: str) -> Job:
+        """Hold a job until `resume_job`. A running one ends its attempt at its next check and uses no retry.
+
+        Waits at most jobs.cancel_timeout_s for that; then it returns the job still running, to be held later.
+        Raises InvalidRequest for a job that has ended, NotFound.
+        """
+        for _ in range(_MOVE_ATTEMPTS):
+            row = self._row(job_id)
+            if row.status.is_terminal:
+                raise InvalidRequest(f"Cannot pause job '{job_id}' in status {row.status}")
+            if row.hold is Hold.PAUSED and row.status is not JobStatus.RUNNING:
+                return self.view(row)
+            if self._moved(row, {"hold": Hold.PAUSED}, (("INFO", "Job paused by user"),)):
+                if row.status is JobStatus.RUNNING:
+                    self.runner.pause(row)
+                return self.get_job(job_id)
+        raise self._restless(job_id)
+
+    def resume_job(self, job_id: str) -> Job:
+        """Release a paused job. Raises InvalidRequest when it is not paused, NotFound."""
+        for _ in range(_MOVE_ATTEMPTS):
+            row = self._row(job_id)
+            if row.hold is Hold.QUARANTINED:
+                raise InvalidRequest(f"Cannot resume job '{job_id}': it is quarantined; RETRY JOB runs it again")
+            if row.hold is not Hold.PAUSED:
+                raise InvalidRequest(f"Cannot resume job '{job_id}' in status {row.status}: it is not paused")
+            if self._moved(row, {"hold": None}, (("INFO", "Job resumed by user"),)):
+                return self.get_job(job_id)
+        raise self._restless(job_id)
 
     def retry_job(self, job_id: str) -> Job:
-        """Run a failed or cancelled job again under its id, with fresh retries. Raises InvalidRequest, Conflict."""
-        row = self.get_job(job_id).row
+        """Run a failed or cancelled job again under its id, with fresh retries and its checkpoint.
+
+        Raises InvalidRequest for another state, IdempotencyConflict when an active job has its key, NotFound.
+        """
+        row = self._row(job_id)
         if row.status not in (JobStatus.FAILED, JobStatus.CANCELLED):
             raise InvalidRequest(f"Cannot retry job '{job_id}' in status {row.status}; only failed and cancelled ones")
-        now_ms = self._clock.now_ms()
-        fresh = msgspec.structs.replace(
-            row, status=JobStatus.QUEUED, retry_count=0, process_deaths=0, hold=None, cancel_requested=False,
-            run_at=0, finished_at=None, updated_at=now_ms, lease_id=None,
-        )  # fmt: skip
-        if not self._moved(JobMove(row.status, row.lease_id, fresh, (("INFO", "Job queued again by user"),))):
-            raise Conflict(f"job '{job_id}' changed meanwhile; try again")
+        fresh = {
+            "status": JobStatus.QUEUED,
+            "retry_count": 0,
+            "process_deaths": 0,
+            "hold": None,
+            "cancel_requested": False,
+            "run_at": 0,
+        }
+        try:
+            if not self._moved(row, fresh, (("INFO", "Job queued again by user"),)):
+                raise self._restless(job_id)
+        except IdempotencyConflict as conflict:
+            conflict.job = self.view(conflict.job)
+            raise
         return self.get_job(job_id)
 
-    def purge(self, *, finished_before: datetime | None = None, limit: int = 1000) -> int:
-        """Remove up to `limit` ended jobs with their history; returns how many."""
-        before = _milliseconds(finished_before) if finished_before else None
-        ended = frozenset(status for status in JobStatus if status.is_terminal)
-        rows = self._backend.jobs.query(JobFilter(statuses=ended, limit=None))
-        chosen = [row.job_id for row in rows if before is None or (row.finished_at or 0) < before]
-        return self._backend.jobs.delete(chosen[:limit])
+    def _restless(self, job_id: str) -> Conflict:
+        return Conflict(f"job '{job_id}' kept changing; try again")
 
-    def _moved(self, move: JobMove) -> bool:
+    def _moved(self, row: JobRow, changes: Mapping[str, Any], events: Events) -> bool:
         try:
-            commit = self._backend.commit(Batch(jobs=[move]))
-        except Fenced:
+            commit = self._backend.commit(Batch(jobs=[JobMove(row.job_id, row.status, row.lease_id, changes, events)]))
+        except LeaseLost:
             return False
         self._backend.wait_durable(commit)
-        self.note(move.row)
         return True
+
+    # Queues
+
+    def pause_queue(self, name: str, *, by: str = "system", reason: str | None = None) -> QueueRow:
+        """Start no further job of a queue; those that run go on."""
+        return self.queues.pause(name, by=by, reason=reason)
+
+    def resume_queue(self, name: str) -> QueueRow:
+        """Start the jobs of a queue again."""
+        row = self.queues.resume(name)
+        self.runner.wake()
+        return row
+
+    def limit_queue(self, name: str, max_concurrent: int | None) -> QueueRow:
+        """At most so many jobs of a queue run at once; None lifts the limit."""
+        row = self.queues.set_limit(name, max_concurrent)
+        self.runner.wake()
+        return row
+
+    # History
+
+    def purge(
+        self, *, finished_before: datetime | None = None, status: str | None = None, limit: int = _PURGE_JOBS
+    ) -> int:
+        """Remove up to `limit` ended jobs (of one state) with their history, oldest first; returns how many."""
+        before = _milliseconds(finished_before) if finished_before else None
+        wanted = [one for one in _HISTORY if status is None or one == status]
+        if not wanted:
+            raise InvalidRequest(f"status '{status}' is not one of {', '.join(_HISTORY)}")
+        gone = 0
+        for one in wanted:
+            if gone < limit:
+                gone += self._backend.jobs.delete_ended(one, finished_before=before, limit=limit - gone)
+        return gone
+
+    def purge_history(self) -> bool:
+        """One bounded pass over what is older or more than the settings allow; True when more may be left."""
+        settings, jobs = self._settings, self._backend.jobs
+        now_ms = self._backend.now_ms()
+        gone = 0
+        for status, is_failed in _HISTORY.items():
+            days = settings.history_failed_days if is_failed else settings.history_completed_days
+            before = now_ms - int(timedelta(days=days) / timedelta(milliseconds=1))
+            gone += jobs.delete_ended(status, finished_before=before, limit=_PURGE_JOBS)
+            beyond = jobs.count(status) - settings.history_rows_max
+            if beyond > 0:
+                gone += jobs.delete_ended(status, finished_before=None, limit=min(beyond, _PURGE_JOBS))
+        if self.log is None:
+            jobs.release_events(jobs.event_position())
+        return gone >= _PURGE_JOBS
 
     # Running
 
     def run_loop(self, max_concurrent: int | None = None) -> None:
         """Recover what a dead process left running, then run jobs in the background until `stop`. Returns at once."""
-        self.runner.start(max_concurrent or self._settings.max_concurrent)
+        slots = _whole("max_concurrent", self._settings.max_concurrent if max_concurrent is None else max_concurrent, 1)
+        self.runner.start(slots)
+        self._history.start()
 
     def stop(self, timeout_s: float | None = None) -> None:
         """Claim nothing more; running jobs get `timeout_s` (shutdown.timeout_s), then as on_interrupt says."""
         self.runner.stop(self._settings.shutdown_timeout_s if timeout_s is None else timeout_s)
-        with self._changed:
-            self._changed.notify_all()
+        self._history.stop()
+
+
+def _of(executor: JobExecutor[Any] | None, name: str, default: Any) -> Any:
+    return default if executor is None else getattr(executor, name)
+
+
+def _key(what: str, value: Any) -> str | None:
+    if value is None:
+        return None
+    if not isinstance(value, str) or not 0 < len(value) <= _KEY_LENGTH_MAX:
+        raise InvalidRequest(f"{what} {str(value)[:60]!r} is not a text of 1 to {_KEY_LENGTH_MAX} characters")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise InvalidRequest(f"{what} {value[:60]!r} is not valid Unicode") from None
+    return value
+
+
+def _whole(what: str, value: Any, low: int, high: int | None = None) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+        raise InvalidRequest(f"{what} is {value!r}, {low} {'or more' if high is None else f'to {high}'} is allowed")
+    return value
+
+
+def _timeout(value: Any) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise InvalidRequest(f"timeout_s is {value!r}; a number of seconds above 0 is allowed")
+    return float(value)
 
 
 def _milliseconds(moment: datetime | None) -> int:
     if moment is None:
         return 0
+    if not isinstance(moment, datetime):
+        raise InvalidRequest(f"{moment!r} is not a time; use an aware datetime")
     if moment.tzinfo is None:
         raise InvalidRequest(f"the time {moment.isoformat()} has no time zone; use an aware datetime")
-    return int(moment.timestamp() * 1000)
+    return max(int(moment.timestamp() * 1000), 0)
 
 
-__all__ = ["InterruptReason", "JobRequest", "UnifiedJobManager"]
+__all__ = ["JobRequest", "UnifiedJobManager"]

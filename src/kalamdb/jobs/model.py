@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any
 
 from kalamdb.clock import Clock
-from kalamdb.storage.jobs import JobEvent, JobRow, JobStatus
+from kalamdb.storage.jobs import JobAttempt, JobEvent, JobRow, JobStatus, JobStore
 
 _ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 _TIME_DIGITS, _COUNT_DIGITS = 7, 3
 _COUNT_MAX = 62**_COUNT_DIGITS
+_EVENTS_MAX = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,9 @@ class Snooze:
 Outcome = Completed | Skipped | Retry | Snooze | None
 
 
+EXPECTED_OUTCOMES = "Completed, Skipped, Retry, Snooze or None"
+
+
 class Permanent(Exception):
     """Raise it to end the job as failed at once."""
 
@@ -81,7 +85,7 @@ class Job:
     """A job at one moment; its attributes are the columns of system.jobs, times are aware UTC."""
 
     row: JobRow = field(repr=False)
-    _events: Callable[[str], Sequence[JobEvent]] = field(repr=False)
+    _store: JobStore = field(repr=False)
 
     @property
     def id(self) -> str:
@@ -123,8 +127,12 @@ class Job:
         return _time(self.row.finished_at)
 
     def events(self) -> Sequence[JobEvent]:
-        """Its history, oldest first."""
-        return self._events(self.row.job_id)
+        """Its history, oldest first, as it is now."""
+        return self._store.events(self.row.job_id, limit=_EVENTS_MAX)
+
+    def attempts(self) -> list[JobAttempt]:
+        """Its attempts, oldest first, as they are now."""
+        return self._store.attempts(self.row.job_id)
 
     def __getattr__(self, name: str) -> Any:
         """The remaining columns as stored: job_type, message, retry_count, progress, ..."""

@@ -7,7 +7,7 @@ import inspect
 import re
 import threading
 import types
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Set
 from typing import Any, ClassVar, Generic, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import msgspec
@@ -15,6 +15,7 @@ import msgspec
 from kalamdb.errors import InvalidRequest, NotFound
 from kalamdb.jobs.context import JobContext
 from kalamdb.jobs.model import Outcome
+from kalamdb.jobs.queues import check_queue_name
 from kalamdb.storage.jobs import OnInterrupt, RetryPolicy
 
 Params = TypeVar("Params")
@@ -41,6 +42,13 @@ class JobExecutor(Generic[Params]):
     """None takes the base from `jobs.retry_backoff_ms`."""
     timeout_s: ClassVar[float | None] = None
     queue: ClassVar[str] = "default"
+    priority: ClassVar[int] = 0
+    """Higher runs first; a point is worth a minute of waiting."""
+
+    @property
+    def is_async(self) -> bool:
+        """Whether `execute` is a coroutine function, which runs on the loop of async jobs."""
+        return inspect.iscoroutinefunction(self.execute)
 
     def execute(self, ctx: JobContext[Params]) -> Outcome | Awaitable[Outcome]:
         """Do the work of one attempt."""
@@ -85,6 +93,10 @@ class _FunctionExecutor(JobExecutor[Any]):
         self._function = function
         self._concurrency_key = concurrency_key
 
+    @property
+    def is_async(self) -> bool:
+        return inspect.iscoroutinefunction(self._function)
+
     def execute(self, ctx: JobContext[Any]) -> Outcome | Awaitable[Outcome]:
         outcome: Outcome | Awaitable[Outcome] = self._function(ctx)
         return outcome
@@ -111,9 +123,14 @@ def executor_of(
     timeout_s: float | None = None,
     on_interrupt: str = "retry",
     queue: str = "default",
+    priority: int = 0,
     concurrency_key: str | None = None,
 ) -> JobExecutor[Any]:
     """An executor over `function(ctx)`; the annotation JobContext[Params] gives the parameter type."""
+    try:
+        interrupt = OnInterrupt(on_interrupt)
+    except ValueError:
+        raise InvalidRequest(f"on_interrupt '{on_interrupt}' is not one of {', '.join(OnInterrupt)}") from None
     body = {
         "job_type": job_type,
         "prefix": prefix,
@@ -121,8 +138,9 @@ def executor_of(
         "retry": retry,
         "max_retries": max_retries,
         "timeout_s": timeout_s,
-        "on_interrupt": OnInterrupt(on_interrupt),
+        "on_interrupt": interrupt,
         "queue": queue,
+        "priority": priority,
         "__doc__": function.__doc__,
     }
     kind = types.new_class(f"{job_type}_executor", (_FunctionExecutor,), exec_body=lambda space: space.update(body))
@@ -145,6 +163,13 @@ def _annotated(function: Callable[..., Any]) -> Any:
     return dict
 
 
+def check_job_type(job_type: Any) -> str:
+    """The type, if it is one. Raises InvalidRequest."""
+    if not isinstance(job_type, str) or not _TYPE.match(job_type):
+        raise InvalidRequest(f"job type '{job_type}' must be lower-case letters, digits and underscores, 64 at most")
+    return job_type
+
+
 class JobRegistry:
     """Executors by job type. Thread-safe."""
 
@@ -157,12 +182,16 @@ class JobRegistry:
     def register(self, executor: JobExecutor[Any]) -> None:
         """Add an executor. Raises InvalidRequest for a bad or taken type or prefix."""
         job_type, prefix = executor.job_type, executor.prefix
-        if not _TYPE.match(job_type):
-            raise InvalidRequest(
-                f"job type '{job_type}' must be lower-case letters, digits and underscores, 64 at most"
-            )
+        check_job_type(job_type)
         if not _PREFIX.match(prefix):
             raise InvalidRequest(f"prefix '{prefix}' of job type '{job_type}' must be two capital letters")
+        if executor.max_retries is not None and executor.max_retries < 0:
+            raise InvalidRequest(
+                f"max_retries of job type '{job_type}' is {executor.max_retries}; 0 or more is allowed"
+            )
+        if executor.timeout_s is not None and not 0 < executor.timeout_s < float("inf"):
+            raise InvalidRequest(f"timeout_s of job type '{job_type}' is {executor.timeout_s}; more than 0 is allowed")
+        check_queue_name(executor.queue)
         with self._lock:
             if job_type in self._by_type:
                 raise InvalidRequest(f"job type '{job_type}' is registered already")
@@ -187,6 +216,15 @@ class JobRegistry:
     def contains(self, job_type: str) -> bool:
         """Whether the type has an executor."""
         return job_type in self._by_type
+
+    @property
+    def types(self) -> Set[str]:
+        """All types, as they are registered."""
+        return self._by_type.keys()
+
+    def executors(self) -> list[JobExecutor[Any]]:
+        """All executors, by type."""
+        return [self._by_type[job_type] for job_type in self.job_types()]
 
     def job_types(self) -> list[str]:
         """All types, sorted."""

@@ -1,54 +1,43 @@
-"""The loop that claims jobs and runs them: threads for sync executors, one event loop for async ones."""
+"""The loop that starts jobs, records how they end, and takes leases away.
+
+One thread does all of it: a pass records what has ended, admits new jobs and claims as many as there are
+free slots, in one commit. So short jobs share their commits, and no instant sees more live leases than slots.
+"""
 
 from __future__ import annotations
 
-import asyncio
-import inspect
 import logging
 import threading
-import traceback
-from collections.abc import Coroutine
-from typing import TYPE_CHECKING, Any
-
-import msgspec
+from collections import deque
+from collections.abc import Callable, Mapping
+from heapq import heappop, heappush
+from typing import Any
 
 from kalamdb.clock import Clock
-from kalamdb.errors import KalamDbError, LeaseLost
-from kalamdb.jobs.context import JobContext, completed
-from kalamdb.jobs.model import (
-    Completed,
-    InterruptReason,
-    Job,
-    JobInterrupted,
-    Outcome,
-    Permanent,
-    Retry,
-    Skipped,
-    Snooze,
-)
+from kalamdb.errors import Closed, KalamDbError, LeaseLost
+from kalamdb.jobs.context import JobContext
+from kalamdb.jobs.endings import Ending, Endings
+from kalamdb.jobs.model import InterruptReason, Job
+from kalamdb.jobs.queues import JobQueues
 from kalamdb.jobs.registry import JobRegistry
 from kalamdb.jobs.settings import JobSettings
-from kalamdb.storage import Batch, Fenced, StorageBackend
-from kalamdb.storage.jobs import Hold, JobFilter, JobMove, JobRow, JobStatus, OnInterrupt
+from kalamdb.jobs.workers import AsyncWorkers, Attempt, ThreadWorkers
+from kalamdb.storage import Batch, Busy, Commit, Fenced, StorageBackend
+from kalamdb.storage.jobs import Claim, Events, JobFilter, JobMove, JobRow, JobStatus
+from kalamdb.types import JobId
 
-if TYPE_CHECKING:
-    from kalamdb.jobs.manager import UnifiedJobManager
-
-RESTARTED = "Server restarted during execution"
 _IDLE_S = 3600.0
-_TICK_S = 0.5
+_BACK_OFF_S = 0.2
+_BACK_OFF_MAX_S = 30.0
+_ADMITTED_MAX = 500
+_STOP_GRACE_S = 2.0
+_STOP_JOIN_S = 1.0
+_ADMITTED: Events = (("INFO", "Job queued"),)
 _log = logging.getLogger("kalamdb.jobs")
 
 
-class _Attempt:
-    """One running lease."""
-
-    def __init__(self, row: JobRow, context: JobContext[Any], deadline_s: float | None) -> None:
-        self.row = row
-        self.context = context
-        self.deadline_s = deadline_s
-        self.revoke_s: float | None = None
-        self.ended = threading.Event()
+def _started(row: JobRow) -> Events:
+    return (("INFO", "Job started" if row.attempt == 1 else f"Job started (attempt {row.attempt})"),)
 
 
 class Runner:
@@ -56,384 +45,337 @@ class Runner:
 
     def __init__(
         self,
-        manager: UnifiedJobManager,
         backend: StorageBackend,
         registry: JobRegistry,
+        queues: JobQueues,
         clock: Clock,
         settings: JobSettings,
-        services: Any,
+        endings: Endings,
+        create: Callable[..., Job],
     ) -> None:
-        self._manager = manager
         self._backend = backend
         self._registry = registry
+        self._queues = queues
         self._clock = clock
         self._settings = settings
-        self.services = services
+        self._endings = endings
+        self._create = create
+        self.services: Any = None
+        """The database as executors see it."""
         self._lock = threading.Lock()
-        self._running: dict[str, _Attempt] = {}
-        self._abandoned: set[threading.Thread] = set()
+        self._running: dict[JobId, Attempt] = {}
+        self._abandoned: set[Attempt] = set()
+        self._returned: deque[Attempt] = deque()
+        self._deadlines: list[tuple[float, int, Attempt]] = []
         self._wake = threading.Event()
+        self._drained = threading.Event()
         self._thread: threading.Thread | None = None
-        self._stopping = False
+        self._claiming = False
+        self._ending = False
         self._slots = settings.max_concurrent
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._loop_thread: threading.Thread | None = None
+        self._threads = ThreadWorkers(self._finished)
+        self._tasks = AsyncWorkers(self._finished)
+
+    @property
+    def slots(self) -> int:
+        """Live leases at once."""
+        return self._slots
+
+    @property
+    def running(self) -> list[JobRow]:
+        """Jobs that run here, as they were claimed."""
+        with self._lock:
+            return [attempt.row for attempt in self._running.values()]
+
+    @property
+    def is_claiming(self) -> bool:
+        """Whether jobs are started: between start and stop."""
+        return self._claiming
 
     @property
     def abandoned_threads(self) -> int:
-        """Threads that outlived their lease."""
-        self._abandoned = {thread for thread in self._abandoned if thread.is_alive()}
-        return len(self._abandoned)
+        """Threads and tasks that outlived their lease."""
+        with self._lock:
+            return len(self._abandoned)
+
+    @property
+    def is_choked(self) -> bool:
+        """Whether so many threads outlived their lease that no job is started."""
+        return self.abandoned_threads > (self._settings.abandoned_threads_max or self._slots)
 
     def wake(self) -> None:
         """Look for work now."""
         self._wake.set()
 
     def start(self, max_concurrent: int) -> None:
-        """Recover, then begin; does nothing when it runs."""
+        """Recover what a dead process left running, then begin; does nothing when it runs."""
         if self._thread is not None:
             return
         self._slots = max_concurrent
-        self._stopping = False
+        self._threads, self._tasks = ThreadWorkers(self._finished), AsyncWorkers(self._finished)
         self._recover()
+        self._claiming, self._ending = True, False
         self._thread = threading.Thread(target=self._run, name="kalamdb-jobs", daemon=True)
         self._thread.start()
 
     def _recover(self) -> None:
-        for row in self._backend.jobs.query(JobFilter(statuses=frozenset({JobStatus.RUNNING}), limit=None)):
-            deaths = row.process_deaths + 1
-            row = msgspec.structs.replace(row, process_deaths=deaths)
-            if row.cancel_requested:
-                self._finish(
-                    row, row.lease_id, JobStatus.CANCELLED, row.message, None, (("INFO", "Job cancelled by user"),)
-                )
-            elif deaths >= self._settings.quarantine_after:
-                text = (
-                    f"quarantined: the process died {deaths} times while the job was running; "
-                    f"RETRY JOB '{row.job_id}' runs it again"
-                )
-                self._fail(msgspec.structs.replace(row, hold=Hold.QUARANTINED), row.lease_id, text, None)
-            else:
-                self._interrupted(row, row.lease_id)
+        running = self._backend.jobs.query(JobFilter(statuses=frozenset({JobStatus.RUNNING}), limit=None))
+        for row in running:
+            self._commit(row.job_id, row.lease_id, self._endings.died(row))
 
     def _run(self) -> None:
-        while not self._stopping:
+        failures = 0
+        while not self._ending:
             self._wake.clear()
             try:
-                more = self._pass()
-            except KalamDbError:
-                if self._stopping:
-                    return
+                more = self.step()
+                pause_s = 0.0 if more else self._pause_s()
+                failures = 0
+            except Busy:
+                pause_s = _BACK_OFF_S
+            except Closed:
+                return
+            except Exception:
+                # Nothing that one pass meets may end the loop that all jobs need.
                 _log.exception("a pass of the job runner failed; it goes on")
-                more = False
-            if not more:
-                self._clock.wait(self._wake, self._pause_s())
+                failures += 1
+                pause_s = min(_BACK_OFF_S * 2**failures, _BACK_OFF_MAX_S)
+                self._wake.clear()
+            if pause_s:
+                self._clock.wait(self._wake, pause_s)
 
     def _pause_s(self) -> float:
+        now_s = self._clock.monotonic_s()
         with self._lock:
-            timed = any(one.deadline_s is not None or one.revoke_s is not None for one in self._running.values())
-        due_ms = self._backend.jobs.next_due_ms() if not self._stopping else None
-        pause = _TICK_S if timed else _IDLE_S
-        return pause if due_ms is None else max(min(pause, (due_ms - self._clock.now_ms()) / 1000), 0.001)
+            pause_s = self._deadlines[0][0] - now_s if self._deadlines else _IDLE_S
+            free = len(self._running) < self._slots
+        due_ms = self._backend.jobs.next_due_ms(self._registry.types) if free and self._claiming else None
+        if due_ms is not None:
+            pause_s = min(pause_s, (due_ms - self._backend.now_ms()) / 1000)
+        return min(max(pause_s, 0.001), _IDLE_S)
 
-    def _pass(self) -> bool:
+    # One pass
+
+    def step(self) -> bool:
+        """Record what has ended, start what may start; True when there is more to do at once."""
         self._expire()
-        self._admit()
+        returned: list[Attempt] = []
+        while self._returned:
+            returned.append(self._returned.popleft())
         with self._lock:
-            free = self._slots - len(self._running)
-            keys = {one.row.concurrency_key for one in self._running.values() if one.row.concurrency_key}
-        limit = self._settings.abandoned_threads_max or self._slots
-        if free <= 0 or self._stopping or self.abandoned_threads > limit:
-            return False
-
-        def runnable(row: JobRow) -> bool:
-            if not self._registry.contains(row.job_type) or (
-                row.concurrency_key is not None and row.concurrency_key in keys
-            ):
-                return False
-            if row.concurrency_key is not None:
-                keys.add(row.concurrency_key)
+            free = self._slots - len(self._running) + len(returned)
+        try:
+            commit = self._exchange(returned, free)
+        except Busy:
+            self._returned.extendleft(reversed(returned))
+            raise
+        except Fenced:
+            # A lease went meanwhile, or the executor's own commit ended the job: one by one.
+            for attempt in returned:
+                self._settle_alone(attempt)
+            self._release(returned)
             return True
+        except BaseException:
+            self._release(returned)
+            raise
+        self._release(returned)
+        if commit is None:
+            return False
+        self._launch(commit)
+        return bool(self._returned) or commit.jobs_wait or len(commit.changed_jobs) > _ADMITTED_MAX
 
-        rows = self._backend.jobs.claim(limit=min(free, 50), runnable=runnable, on_claim=self._on_claim)
-        for row in rows:
-            self._manager.note(row)
-            self._launch(row)
-        return bool(rows)
-
-    def _on_claim(self, row: JobRow) -> tuple[JobRow, tuple[tuple[str, str], ...]]:
-        started = row.started_at or row.updated_at
-        text = "Job started" if row.attempt == 1 else f"Job started (attempt {row.attempt})"
-        return msgspec.structs.replace(row, started_at=started, progress=None), (("INFO", text),)
-
-    def _admit(self) -> None:
-        """new -> queued, also when no slot is free."""
-        rows = self._backend.jobs.query(JobFilter(statuses=frozenset({JobStatus.NEW}), limit=500))
-        known = [row for row in rows if row.status is JobStatus.NEW]
-        if not known:
-            return
-        now_ms = self._clock.now_ms()
-        moves = [
-            JobMove(
-                JobStatus.NEW,
-                None,
-                msgspec.structs.replace(row, status=JobStatus.QUEUED, updated_at=now_ms),
-                (("INFO", "Job queued"),),
-            )
-            for row in known
-        ]
-        try:
-            self._backend.commit(Batch(jobs=list(moves)))
-        except Fenced:
-            self._wake.set()
-            return
-        if len(known) == 500:
-            self._wake.set()
-
-    def _launch(self, row: JobRow) -> None:
-        executor = self._registry.get_or_error(row.job_type)
-        context: JobContext[Any]
-        try:
-            params = executor.decode(row.parameters)
-        except KalamDbError as exc:
-            self._fail(row, row.lease_id, str(exc), None)
-            return
-        context = JobContext(
-            row, params, backend=self._backend, services=self.services, clock=self._clock, settings=self._settings,
-            on_change=self._manager.note, view=self._manager.view, create=self._manager.create_job,
-        )  # fmt: skip
-        deadline_s = None if row.timeout_s is None else self._clock.monotonic_s() + row.timeout_s
-        attempt = _Attempt(row, context, deadline_s)
-        with self._lock:
-            self._running[row.job_id] = attempt
-        if inspect.iscoroutinefunction(executor.execute) or inspect.iscoroutinefunction(
-            getattr(executor, "_function", None)
-        ):
-            asyncio.run_coroutine_threadsafe(self._run_async(attempt, executor.execute(context)), self._event_loop())  # type: ignore[arg-type]
-            return
-        thread = threading.Thread(
-            target=self._run_sync, args=(attempt, executor), name=f"kalamdb-{row.job_id}", daemon=True
+    def _exchange(self, returned: list[Attempt], free: int) -> Commit | None:
+        moves = [move for attempt in returned if (move := self._end_of(attempt)) is not None]
+        batch = Batch(jobs=list(moves)) if moves else None
+        if not self._claiming:
+            return self._backend.commit(batch) if batch is not None else None
+        claim = Claim(
+            limit=0 if self.is_choked else max(free, 0),
+            types=self._registry.types,
+            queue_limit=self._queues.limit,
+            admit_max=_ADMITTED_MAX,
+            admitted=_ADMITTED,
+            started=_started,
         )
-        thread.start()
+        return self._backend.claim(claim, batch)
 
-    def _event_loop(self) -> asyncio.AbstractEventLoop:
-        if self._loop is None:
-            self._loop = asyncio.new_event_loop()
-            self._loop_thread = threading.Thread(target=self._loop.run_forever, name="kalamdb-jobs-async", daemon=True)
-            self._loop_thread.start()
-        return self._loop
-
-    async def _run_async(self, attempt: _Attempt, coroutine: Coroutine[Any, Any, Outcome]) -> None:
-        try:
-            outcome: Outcome | BaseException = await coroutine
-        except BaseException as exc:
-            # A job may raise anything, SystemExit too; it ends that job and nothing else.
-            outcome = exc
-        await asyncio.get_running_loop().run_in_executor(None, self._settle, attempt, outcome)
-
-    def _run_sync(self, attempt: _Attempt, executor: Any) -> None:
-        try:
-            outcome: Outcome | BaseException = executor.execute(attempt.context)
-        except BaseException as exc:
-            # A job may raise anything, SystemExit too; it ends that job and nothing else.
-            outcome = exc
-        self._settle(attempt, outcome)
-
-    # Ending an attempt
-
-    def _settle(self, attempt: _Attempt, outcome: Outcome | BaseException) -> None:
+    def _end_of(self, attempt: Attempt) -> JobMove | None:
         context = attempt.context
-        try:
+        if context.sealed:
             stored = self._backend.jobs.get(attempt.row.job_id)
-            if stored is not None and stored.status is JobStatus.RUNNING and stored.lease_id == context.lease_id:
-                self._record(attempt, context.row, outcome)
-        except Fenced:
-            pass
-        except KalamDbError:
-            if not self._stopping:
-                _log.exception("the end of job '%s' was not recorded", attempt.row.job_id)
-        finally:
-            with self._lock:
-                if self._running.get(attempt.row.job_id) is attempt:
-                    del self._running[attempt.row.job_id]
-            attempt.ended.set()
-            self._manager.note(attempt.row)
-
-    def _record(self, attempt: _Attempt, row: JobRow, outcome: Outcome | BaseException) -> None:
-        lease = attempt.context.lease_id
-        now_ms = self._clock.now_ms()
-        match outcome:
-            case None | Completed():
-                message = outcome.message if outcome is not None else None
-                result = outcome.result if outcome is not None else None
-                text = "Job completed" if message is None else f"Job completed: {message}"
-                self._commit(row, lease, completed(row, message, result, now_ms, None), (("INFO", text),))
-            case Skipped(message):
-                self._finish(row, lease, JobStatus.SKIPPED, message, None, (("INFO", f"Job skipped: {message}"),))
-            case Snooze(after_s):
-                waiting = msgspec.structs.replace(
-                    row, status=JobStatus.QUEUED, lease_id=None, run_at=now_ms + int(after_s * 1000), updated_at=now_ms
-                )
-                self._commit(row, lease, waiting, (("INFO", f"Job snoozed for {after_s:g}s"),))
-            case Retry(after_s, reason):
-                delay_ms = None if after_s is None else int(after_s * 1000)
-                self._retry_or_fail(row, lease, reason, None, delay_ms)
-            case JobInterrupted():
-                self._stopped(attempt, row, lease, outcome)
-            case Permanent():
-                self._fail(row, lease, str(outcome) or "failed", self._trace(outcome))
-            case BaseException() if attempt.context.interrupt_reason is InterruptReason.CANCEL:
-                self._stopped(attempt, row, lease, JobInterrupted(InterruptReason.CANCEL))
-            case BaseException():
-                text = str(outcome) if isinstance(outcome, KalamDbError) else f"{type(outcome).__name__}: {outcome}"
-                self._retry_or_fail(row, lease, text[: self._settings.message_bytes_max], self._trace(outcome), None)
-            case _:
-                text = (
-                    f"the executor returned {type(outcome).__name__}, expected Completed, "
-                    "Skipped, Retry, Snooze or None"
-                )
-                self._fail(row, lease, text, None)
-
-    def _stopped(self, attempt: _Attempt, row: JobRow, lease: int, interrupted: JobInterrupted) -> None:
-        match attempt.context.interrupt_reason or interrupted.reason:
-            case InterruptReason.CANCEL:
-                row = msgspec.structs.replace(row, cancel_requested=True)
-                self._finish(row, lease, JobStatus.CANCELLED, row.message, None, (("INFO", "Job cancelled by user"),))
-            case InterruptReason.TIMEOUT:
-                self._retry_or_fail(
-                    row, lease, f"the attempt took longer than its time-out of {row.timeout_s:g} s", None, None
-                )
-            case _:
-                self._interrupted(row, lease)
-
-    def _trace(self, exc: BaseException) -> str:
-        text = "".join(traceback.format_exception(exc)).encode(errors="replace")
-        return text[-self._settings.trace_bytes_max :].decode(errors="replace")
-
-    def _retry_or_fail(
-        self, row: JobRow, lease: int | None, error: str, trace: str | None, delay_ms: int | None
-    ) -> None:
-        if row.retry_count >= row.max_retries:
-            self._fail(row, lease, error, trace)
-            return
-        policy, used, now_ms = row.retry, row.retry_count + 1, self._clock.now_ms()
-        if delay_ms is None:
-            grown = min(policy.base_ms * policy.factor ** min(row.retry_count, 64), policy.cap_ms)
-            share = int.from_bytes(self._clock.random_bytes(4), "big") / 0xFFFF_FFFF
-            delay_ms = int(grown * (1 + policy.jitter * (2 * share - 1)))
-        waiting = msgspec.structs.replace(
-            row, status=JobStatus.RETRYING, lease_id=None, retry_count=used, message=error, exception_trace=trace,
-            run_at=now_ms + delay_ms, updated_at=now_ms,
-        )  # fmt: skip
-        text = f"Job failed, retrying in {delay_ms / 1000:g}s (attempt {used}/{row.max_retries})"
-        self._commit(row, lease, waiting, (("WARN", text),))
-
-    def _fail(self, row: JobRow, lease: int | None, error: str, trace: str | None) -> None:
-        self._finish(row, lease, JobStatus.FAILED, error, trace, (("ERROR", f"Job failed permanently: {error}"),))
-
-    def _interrupted(self, row: JobRow, lease: int | None) -> None:
-        """A crash or a hard stop."""
-        match row.on_interrupt:
-            case OnInterrupt.REQUEUE:
-                waiting = msgspec.structs.replace(
-                    row, status=JobStatus.QUEUED, lease_id=None, updated_at=self._clock.now_ms()
-                )
-                self._commit(row, lease, waiting, (("WARN", f"{RESTARTED}; job queued again"),))
-            case OnInterrupt.RETRY:
-                self._retry_or_fail(row, lease, RESTARTED, None, None)
-            case OnInterrupt.FAIL:
-                self._fail(row, lease, RESTARTED, None)
-
-    def _finish(
-        self,
-        row: JobRow,
-        lease: int | None,
-        status: JobStatus,
-        message: str | None,
-        trace: str | None,
-        events: tuple[tuple[str, str], ...],
-    ) -> None:
-        now_ms = self._clock.now_ms()
-        ended = msgspec.structs.replace(
-            row,
-            status=status,
-            message=message,
-            exception_trace=trace,
-            lease_id=None,
-            finished_at=now_ms,
-            updated_at=now_ms,
+            if stored is None or stored.lease_id != context.lease_id:
+                return None
+        ending = self._endings.of(attempt.row, attempt.outcome, context.interrupt_reason)
+        return JobMove(
+            attempt.row.job_id,
+            JobStatus.RUNNING,
+            context.lease_id,
+            {**ending.changes, **context.unsaved_progress()},
+            ending.events,
         )
-        self._commit(row, lease, ended, events)
 
-    def _commit(self, row: JobRow, lease: int | None, new: JobRow, events: tuple[tuple[str, str], ...]) -> None:
-        commit = self._backend.commit(Batch(jobs=[JobMove(JobStatus.RUNNING, lease, new, events)]))
-        self._backend.wait_durable(commit)
-        self._manager.note(new)
+    def _settle_alone(self, attempt: Attempt) -> None:
+        move = self._end_of(attempt)
+        if move is None:
+            return
+        try:
+            self._backend.commit(Batch(jobs=[move]))
+        except LeaseLost:
+            return
+
+    def _release(self, attempts: list[Attempt]) -> None:
+        with self._lock:
+            for attempt in attempts:
+                self._running.pop(attempt.row.job_id, None)
+            if not self._running:
+                self._drained.set()
+        for attempt in attempts:
+            attempt.ended.set()
+
+    def _launch(self, commit: Commit) -> None:
+        if not commit.claimed:
+            return
+        rows = {row.job_id: row for row in commit.changed_jobs}
+        threads: list[Attempt] = []
+        tasks: list[Attempt] = []
+        now_s = self._clock.monotonic_s()
+        for job_id in commit.claimed:
+            row = rows[job_id]
+            context: JobContext[Any] = JobContext(
+                row, backend=self._backend, services=self.services, clock=self._clock, settings=self._settings,
+                endings=self._endings, create=self._create,
+            )  # fmt: skip
+            attempt = Attempt(row, self._registry.get_or_error(row.job_type), context)
+            (tasks if attempt.executor.is_async else threads).append(attempt)
+            with self._lock:
+                self._running[job_id] = attempt
+                self._drained.clear()
+                if row.timeout_s is not None:
+                    heappush(self._deadlines, (now_s + row.timeout_s, context.lease_id, attempt))
+        if threads:
+            self._threads.submit(threads)
+        if tasks:
+            self._tasks.submit(tasks)
+
+    def _finished(self, attempt: Attempt) -> None:
+        """In the thread of the attempt: it is through."""
+        with self._lock:
+            attempt.returned = True
+            self._abandoned.discard(attempt)
+        if not attempt.revoked:
+            self._returned.append(attempt)
+        self._wake.set()
+
+    def _commit(self, job_id: JobId, lease: int | None, ending: Ending) -> None:
+        self._backend.commit(Batch(jobs=[JobMove(job_id, JobStatus.RUNNING, lease, ending.changes, ending.events)]))
 
     # Interrupting
 
-    def cancel(self, row: JobRow) -> Job:
-        """Ask a running attempt to stop; take its lease away when it does not."""
-        with self._lock:
-            attempt = self._running.get(row.job_id)
-        if attempt is None:
-            self._finish(
-                row, row.lease_id, JobStatus.CANCELLED, row.message, None, (("INFO", "Job cancelled by user"),)
-            )
-            return self._manager.get_job(row.job_id)
-        attempt.context.interrupt(InterruptReason.CANCEL)
-        if not attempt.ended.wait(self._settings.cancel_timeout_s):
-            self._revoke(attempt, JobStatus.CANCELLED)
-        return self._manager.get_job(row.job_id)
-
-    def _revoke(self, attempt: _Attempt, status: JobStatus | None) -> None:
-        """Take the lease of an attempt that does not stop; its thread goes on but can write nothing."""
-        attempt.context.revoke()
-        row, lease = attempt.context.row, attempt.context.lease_id
-        stored = self._backend.jobs.get(row.job_id)
-        try:
-            if stored is not None and stored.status is JobStatus.RUNNING and stored.lease_id == lease:
-                stored = msgspec.structs.replace(stored, cancel_requested=status is JobStatus.CANCELLED)
-                self._stopped(attempt, stored, lease, JobInterrupted(InterruptReason.STOP))
-        except (Fenced, LeaseLost):
-            pass
-        with self._lock:
-            self._running.pop(attempt.row.job_id, None)
-            for thread in threading.enumerate():
-                if thread.name == f"kalamdb-{attempt.row.job_id}":
-                    self._abandoned.add(thread)
-
     def _expire(self) -> None:
         now_s = self._clock.monotonic_s()
+        while True:
+            with self._lock:
+                if not self._deadlines or self._deadlines[0][0] > now_s:
+                    return
+                _, lease, attempt = heappop(self._deadlines)
+                if attempt.returned or attempt.revoked:
+                    continue
+                if attempt.revoke_s is None:
+                    attempt.context.interrupt(InterruptReason.TIMEOUT)
+                    attempt.revoke_s = now_s + self._settings.cancel_timeout_s
+                    heappush(self._deadlines, (attempt.revoke_s, lease, attempt))
+                    continue
+            self._revoke(attempt)
+
+    def _attempt_of(self, row: JobRow) -> Attempt | None:
         with self._lock:
-            late = [one for one in self._running.values() if one.deadline_s is not None and one.deadline_s <= now_s]
-        for attempt in late:
-            if attempt.revoke_s is None:
-                attempt.context.interrupt(InterruptReason.TIMEOUT)
-                attempt.revoke_s = now_s + self._settings.cancel_timeout_s
-            elif attempt.revoke_s <= now_s:
-                self._revoke(attempt, None)
+            attempt = self._running.get(row.job_id)
+        return attempt if attempt is not None and attempt.context.lease_id == row.lease_id else None
+
+    def cancel(self, row: JobRow) -> None:
+        """Ask a running attempt to stop; take its lease away when it does not. Blocks until it has ended."""
+        attempt = self._attempt_of(row)
+        if attempt is None:
+            try:
+                self._commit(row.job_id, row.lease_id, self._endings.cancelled())
+            except LeaseLost:
+                pass
+            return
+        attempt.context.interrupt(InterruptReason.CANCEL)
+        try:
+            attempt.context.amend({"cancel_requested": True})
+        except LeaseLost:
+            pass
+        if not self._clock.wait(attempt.ended, self._settings.cancel_timeout_s) and not self._revoke(attempt):
+            self._clock.wait(attempt.ended, self._settings.cancel_timeout_s)
+
+    def pause(self, row: JobRow) -> None:
+        """Ask a running attempt to stop at its next check; waits for it as long as for a cancellation."""
+        attempt = self._attempt_of(row)
+        if attempt is None:
+            return
+        attempt.context.interrupt(InterruptReason.PAUSE)
+        self._clock.wait(attempt.ended, self._settings.cancel_timeout_s)
+
+    def amend(self, row: JobRow, changes: Mapping[str, Any], events: Events) -> None:
+        """Change a running job, wherever it runs. Raises LeaseLost when it does not run under that lease any more."""
+        self._backend.commit(Batch(jobs=[JobMove(row.job_id, JobStatus.RUNNING, row.lease_id, changes, events)]))
+
+    def _revoke(self, attempt: Attempt) -> bool:
+        """Take the lease of an attempt that does not stop; False when it had stopped by itself.
+
+        Its thread goes on but can write nothing.
+        """
+        context = attempt.context
+        with self._lock:
+            if attempt.returned or attempt.revoked:
+                return False
+            attempt.revoked = True
+            self._running.pop(attempt.row.job_id, None)
+            self._abandoned.add(attempt)
+            if not self._running:
+                self._drained.set()
+        context.revoke()
+        reason = context.interrupt_reason or InterruptReason.STOP
+        try:
+            self._commit(attempt.row.job_id, context.lease_id, self._endings.interrupted(attempt.row, reason))
+        except LeaseLost:
+            pass
+        finally:
+            attempt.ended.set()
+            if attempt.task is not None:
+                self._tasks.abandon(attempt)
+            self._wake.set()
+        return True
 
     def stop(self, timeout_s: float) -> None:
-        """Claim nothing more, let running attempts finish, then interrupt and at last revoke them."""
-        self._stopping = True
+        """Start nothing more, let running attempts finish, then interrupt and at last revoke them.
+
+        Returns within `timeout_s` and five seconds, whatever they do.
+        """
+        self._claiming = False
+        self._wake.set()
+        with self._lock:
+            if not self._running:
+                self._drained.set()
+        if self._thread is not None and not self._clock.wait(self._drained, timeout_s):
+            for attempt in self._live():
+                attempt.context.interrupt(InterruptReason.STOP)
+            self._clock.wait(self._drained, min(_STOP_GRACE_S, self._settings.cancel_timeout_s))
+            for attempt in self._live():
+                try:
+                    self._revoke(attempt)
+                except KalamDbError:
+                    # The store refuses; the next start recovers the job.
+                    _log.exception("the end of job '%s' was not recorded", attempt.row.job_id)
+        self._ending = True
         self._wake.set()
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(_STOP_JOIN_S)
             self._thread = None
-        deadline = self._clock.monotonic_s() + timeout_s
+        self._threads.stop()
+        self._tasks.stop()
+
+    def _live(self) -> list[Attempt]:
         with self._lock:
-            running = list(self._running.values())
-        for attempt in running:
-            attempt.ended.wait(max(deadline - self._clock.monotonic_s(), 0))
-        late = [attempt for attempt in running if not attempt.ended.is_set()]
-        for attempt in late:
-            attempt.context.interrupt(InterruptReason.STOP)
-        grace = self._clock.monotonic_s() + min(2.0, self._settings.cancel_timeout_s)
-        for attempt in late:
-            if not attempt.ended.wait(max(grace - self._clock.monotonic_s(), 0)):
-                self._revoke(attempt, None)
-        if self._loop is not None and self._loop_thread is not None:
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._loop_thread.join(2.0)
-            self._loop = None
+            return list(self._running.values())

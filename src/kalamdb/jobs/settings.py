@@ -19,8 +19,14 @@ class JobSettings:
     queued_max: int = 1_000_000
     parameters_bytes_max: int = 262_144
     checkpoint_bytes_max: int = 1 << 20
+    result_bytes_max: int = 1 << 20
     message_bytes_max: int = 4096
     trace_bytes_max: int = 65_536
     shutdown_timeout_s: float = 30.0
+    history_completed_days: float = 7.0
+    """For jobs that were skipped or cancelled too."""
+    history_failed_days: float = 90.0
+    history_rows_max: int = 1_000_000
+    """Ended jobs of each state."""
     log_bytes_max: int = 16 << 20
     log_files_max: int = 5

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Protocol, assert_never
 
+import msgspec
 import pyarrow as pa
 
 from kalamdb.catalog import AddColumn, AlterChange, Catalog, CatalogEntry, ModifyColumn, RowProbe, TableSpec
@@ -34,17 +36,58 @@ class Jobs(Protocol):
         """The cleanup job of a dropped table."""
         ...
 
-    def cancel(self, job_id: str) -> Any:
-        """Cancel a job; the job as it ended."""
+    def control(self, verb: st.JobVerb, job_id: str) -> Any:
+        """Cancel, pause, resume or retry a job; the job as it is then."""
         ...
 
-    def wake(self) -> None:
-        """Jobs were inserted by a commit."""
+    def explain(self, job_id: str) -> Sequence[Any]:
+        """Why a job is not running: kind, detail, until."""
+        ...
+
+    def pause_queue(self, name: str, paused: bool, by: str) -> None:
+        """Pause or resume a queue."""
+        ...
+
+    def create(self, job_type: str, params: Any, by: str) -> str:
+        """Create a job; its id."""
+        ...
+
+    def prepare(self, job_type: str, params: Any, by: str) -> JobInsert:
+        """The operation that creates a job, for a transaction."""
         ...
 
     def has_compactable(self, uid: int) -> bool:
         """Whether a compaction of the table would find something."""
         ...
+
+
+def _told(verb: st.JobVerb, job: Any) -> str:
+    """What happened to a job, which may have been faster."""
+    match verb:
+        case st.JobVerb.CANCEL:
+            text = "killed: cancelled" if job.status == "cancelled" else f"had ended before: {job.status}"
+        case st.JobVerb.PAUSE if job.hold != "paused":
+            text = f"had ended before: {job.status}"
+        case st.JobVerb.PAUSE:
+            text = "pauses at its next check" if job.status == "running" else "paused"
+        case st.JobVerb.RESUME:
+            text = "resumed"
+        case st.JobVerb.RETRY:
+            text = "queued again"
+        case _:
+            assert_never(verb)
+    return f"Job {job.id} {text}"
+
+
+def _reasons(job_id: str, reasons: Sequence[Any]) -> pa.Table:
+    return pa.table(
+        {
+            "job_id": pa.array([job_id] * len(reasons), pa.string()),
+            "reason": pa.array([str(one.kind) for one in reasons], pa.string()),
+            "detail": pa.array([one.detail for one in reasons], pa.string()),
+            "until": pa.array([one.until for one in reasons], pa.timestamp("us", "UTC")),
+        }
+    )
 
 
 class SystemTables(Protocol):
@@ -91,7 +134,6 @@ class Admin:
                 definition, commit = self._catalog.truncate_table(
                     self._reader.resolve(table, caller), self._jobs.cleanup_insert
                 )
-                self._jobs.wake()
                 return Result(message=f"Table {definition.table_id} truncated. Cleanup job: {commit.jobs[0]}")
             case st.CreateView(view=view):
                 self._catalog.create_view(
@@ -104,14 +146,39 @@ class Admin:
                 return Result(self._show(statement, caller))
             case st.Maintain():
                 return self._maintain(statement, caller)
-            case st.CancelJob(job_id=job_id):
-                job = self._jobs.cancel(job_id)
-                text = "killed: cancelled" if job.status == "cancelled" else f"had ended before: {job.status}"
-                return Result(row_count=1, message=f"Job {job_id} {text}")
+            case st.ControlJob(verb=verb, job_id=job_id):
+                return Result(row_count=1, message=_told(verb, self._jobs.control(verb, job_id)))
+            case st.ControlQueue(queue=queue, paused=paused):
+                self._jobs.pause_queue(queue, paused, caller.user)
+                return Result(row_count=1, message=f"Queue {queue} {'paused' if paused else 'resumed'}")
+            case st.ExplainJob(job_id=job_id):
+                return Result(_reasons(job_id, self._jobs.explain(job_id)))
+            case st.CreateJob():
+                job_type, params = self._job_arguments(statement, caller)
+                job_id = self._jobs.create(job_type, params, caller.user)
+                return Result(row_count=1, message=f"Job created. Job ID: {job_id}")
             case st.SetOption(name=name):
                 raise InvalidRequest(f"setting '{name}' cannot be changed by SET; give it when the database is opened")
             case _:
                 raise InvalidRequest(f"'{statement.sql[:60]}' cannot run here")
+
+    def prepare_job(self, statement: st.CreateJob, caller: Caller) -> JobInsert:
+        """The operation of CALL create_job, for a transaction."""
+        job_type, params = self._job_arguments(statement, caller)
+        return self._jobs.prepare(job_type, params, caller.user)
+
+    def _job_arguments(self, statement: st.CreateJob, caller: Caller) -> tuple[str, Any]:
+        job_type, params = caller.bind(statement.job_type), caller.bind(statement.params)
+        if not isinstance(job_type, str):
+            raise InvalidRequest("the first argument of create_job is the job type, as a text")
+        if isinstance(params, str):
+            try:
+                params = msgspec.json.decode(params)
+            except msgspec.DecodeError as exc:
+                raise InvalidRequest(f"the parameters of create_job are not JSON: {exc}") from None
+        if params is not None and not isinstance(params, dict):
+            raise InvalidRequest("the second argument of create_job is a JSON object, as a text")
+        return job_type, params
 
     def use(self, statement: st.UseNamespace) -> str:
         """The namespace that USE selects. Raises NotFound."""
@@ -126,7 +193,6 @@ class Admin:
             if statement.if_exists:
                 return Result(message=f"Namespace '{statement.name}' does not exist")
             raise
-        self._jobs.wake()
         jobs = f" Cleanup jobs: {', '.join(commit.jobs)}" if dropped else ""
         return Result(message=f"Namespace '{statement.name}' dropped successfully with {len(dropped)} table(s).{jobs}")
 
@@ -156,7 +222,6 @@ class Admin:
             self._try_checks(entry, caller)
         except InvalidRequest:
             self._catalog.drop_table(table_id, self._jobs.cleanup_insert)
-            self._jobs.wake()
             raise
         return Result(message=f"Table {table_id} created successfully")
 
@@ -223,7 +288,6 @@ class Admin:
                 f"table '{table_id}' is a {entry.definition.kind.upper()} table, not a {statement.kind.upper()} table"
             )
         definition, commit = self._catalog.drop_table(table_id, self._jobs.cleanup_insert)
-        self._jobs.wake()
         return Result(message=f"Table {definition.table_id} dropped successfully. Cleanup job: {commit.jobs[0]}")
 
     def _drop_view(self, statement: st.DropView, caller: Caller) -> Result:

@@ -67,7 +67,9 @@ def required_role(statement: st.Statement) -> Role:
     match statement:
         case st.CreateNamespace() | st.DropNamespace() | st.AlterNamespace() | st.CreateView() | st.DropView():
             return Role.DBA
-        case st.DropTable() | st.TruncateTable() | st.CancelJob() | st.SetOption() | st.UserStatement():
+        case st.DropTable() | st.TruncateTable() | st.SetOption() | st.UserStatement():
+            return Role.DBA
+        case st.ControlJob() | st.ControlQueue() | st.ExplainJob() | st.CreateJob():
             return Role.DBA
         case st.Show(kind=st.ShowKind.ALL | st.ShowKind.COLUMNS | st.ShowKind.JOB):
             return Role.DBA

@@ -8,6 +8,7 @@ from kalamdb.errors import InvalidRequest, LimitExceeded
 from kalamdb.sql import statements as st
 from kalamdb.sql.analyse import analyse_select, find_lookup, referenced_tables
 from kalamdb.sql.cursor import Cursor
+from kalamdb.sql.parse_jobs import parse_call, parse_control, parse_job_id
 from kalamdb.sql.parse_table import parse_alter_table, parse_create_table, parse_options
 from kalamdb.sql.tokens import (
     SqlLimits,
@@ -180,6 +181,8 @@ def _query(cursor: Cursor) -> st.Statement:
 
 def _explain(cursor: Cursor) -> st.Statement:
     cursor.expect("EXPLAIN")
+    if cursor.accept("JOB"):
+        return st.ExplainJob(cursor.sql, parse_job_id(cursor))
     analyze = cursor.accept("ANALYZE")
     cursor.accept("VERBOSE")
     rest = cursor.tokens[cursor.at :]
@@ -355,7 +358,7 @@ def _show(cursor: Cursor) -> st.Statement:
             return analyse_select(query, tokenize(query))
         raise cursor.unexpected("WHERE")
     elif cursor.accept("JOB"):
-        found = st.Show(sql, st.ShowKind.JOB, job_id=cursor.name_or_string("a job id"))
+        found = st.Show(sql, st.ShowKind.JOB, job_id=parse_job_id(cursor))
     else:
         raise cursor.unexpected("NAMESPACES, TABLES, COLUMNS, STATS, MANIFEST, JOBS, JOB or ALL")
     cursor.end()
@@ -389,21 +392,6 @@ def _storage(cursor: Cursor) -> st.Statement:
     return st.Maintain(cursor.sql, operation, table, None)
 
 
-def _kill(cursor: Cursor) -> st.Statement:
-    cursor.take()
-    cursor.expect("JOB")
-    token = cursor.token
-    if token is not None and token.kind is TokenKind.STRING:
-        job_id = cursor.string("a job id")
-    else:
-        if token is None:
-            raise cursor.unexpected("a job id")
-        job_id = cursor.text[token.start : cursor.tokens[-1].end].strip('"')
-        cursor.at = len(cursor.tokens)
-    cursor.end()
-    return st.CancelJob(cursor.sql, job_id)
-
-
 _HANDLERS: dict[str, Callable[[Cursor], st.Statement]] = {
     "CREATE": _create,
     "DROP": _drop,
@@ -430,6 +418,10 @@ _HANDLERS: dict[str, Callable[[Cursor], st.Statement]] = {
     "STORAGE": _storage,
     "FLUSH": _storage,
     "COMPACT": _storage,
-    "KILL": _kill,
-    "CANCEL": _kill,
+    "KILL": parse_control(st.JobVerb.CANCEL),
+    "CANCEL": parse_control(st.JobVerb.CANCEL),
+    "PAUSE": parse_control(st.JobVerb.PAUSE),
+    "RESUME": parse_control(st.JobVerb.RESUME),
+    "RETRY": parse_control(st.JobVerb.RETRY),
+    "CALL": parse_call,
 }

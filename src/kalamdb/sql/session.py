@@ -171,8 +171,11 @@ class Session:
                 return self._rows.delete(statement, caller, transaction)
             case st.UserStatement() if transaction is None:
                 return self._users.run(statement, caller)
-            case st.Show():
+            case st.Show() | st.ExplainJob():
                 return self._admin.run(statement, caller)
+            case st.CreateJob() if transaction is not None:
+                transaction.jobs.append(self._admin.prepare_job(statement, caller))
+                return Result(row_count=1, message="Job accepted; it is created when the transaction commits")
             case _:
                 if transaction is not None:
                     words = " ".join(statement.sql.split()[:2]).upper()

@@ -268,11 +268,44 @@ class Maintain(Statement):
     namespace: str | None
 
 
+class JobVerb(StrEnum):
+    """What a statement does to a job."""
+
+    CANCEL = "cancel"
+    PAUSE = "pause"
+    RESUME = "resume"
+    RETRY = "retry"
+
+
 @dataclass(frozen=True, slots=True)
-class CancelJob(Statement):
-    """CANCEL JOB or KILL JOB."""
+class ControlJob(Statement):
+    """CANCEL (or KILL), PAUSE, RESUME or RETRY JOB."""
+
+    verb: JobVerb
+    job_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class ExplainJob(Statement):
+    """EXPLAIN JOB: why it is not running."""
 
     job_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class ControlQueue(Statement):
+    """PAUSE or RESUME QUEUE."""
+
+    queue: str
+    paused: bool
+
+
+@dataclass(frozen=True, slots=True)
+class CreateJob(Statement):
+    """CALL create_job(type, parameters as JSON)."""
+
+    job_type: Expr
+    params: Expr
 
 
 class TransactionVerb(StrEnum):

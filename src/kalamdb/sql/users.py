@@ -90,10 +90,9 @@ def _role(cursor: Cursor) -> Role:
 class UserAdmin:
     """Runs statements about users. `make_cleanup` prepares the job that erases one."""
 
-    def __init__(self, users: Users, make_cleanup: Callable[[str], JobInsert], wake: Callable[[], None]) -> None:
+    def __init__(self, users: Users, make_cleanup: Callable[[str], JobInsert]) -> None:
         self._users = users
         self._make_cleanup = make_cleanup
-        self._wake = wake
 
     def run(self, statement: st.UserStatement, caller: Caller) -> Result:
         """Run one statement; the role of the caller was checked."""
@@ -121,7 +120,6 @@ class UserAdmin:
                 return Result(message=f"User '{name}' restored")
             case st.UserVerb.PURGE:
                 job_id = users.purge(name, self._make_cleanup(name), actor=actor)
-                self._wake()
                 return Result(message=f"User '{name}' is being erased. Cleanup job: {job_id}")
             case _:
                 assert_never(statement.verb)

@@ -17,7 +17,7 @@ import msgspec
 
 from kalamdb.errors import Conflict, KalamDbError, LeaseLost, Unavailable
 from kalamdb.storage import keys
-from kalamdb.storage.jobs import JobFence, JobInsert, JobMove, JobStore
+from kalamdb.storage.jobs import Claim, JobFence, JobInsert, JobMove, JobRow, JobStore
 from kalamdb.types import JobId, RowFlags, Scope, Seq, TableUid
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "Batch",
     "Busy",
     "Caps",
+    "Claim",
     "Commit",
     "ExpectationFailed",
     "Fenced",
@@ -142,6 +143,8 @@ class RecordKind(IntEnum):
     ERASED = 19
     """uid -> rows of a scope were erased from the hot tier; moves with each erasure, so that a flush whose
     snapshot is older does not publish them."""
+    JOB_QUEUE = 20
+    """name -> limit and pause of a queue."""
 
 
 def record_key(kind: RecordKind, *parts: str | int) -> bytes:
@@ -289,6 +292,12 @@ class Commit:
     """For each row the `_seq` of the hot version that it replaced, 0 for none (or one at or below the watermark)."""
     jobs: Sequence[JobId] = ()
     """Ids given to the jobs inserted by the batch, in order."""
+    changed_jobs: Sequence[JobRow] = ()
+    """Jobs that the commit inserted, moved or claimed, as they are now."""
+    claimed: Sequence[JobId] = ()
+    """Those of them that were claimed, in the order to start them."""
+    jobs_wait: bool = False
+    """Whether some job may be claimed that could not be before."""
 
 
 CommitObserver = Callable[[Batch, Commit], None]
@@ -346,7 +355,7 @@ class StorageBackend(Protocol):
 
     @property
     def jobs(self) -> JobStore:
-        """Reading and claiming jobs."""
+        """Reading jobs."""
         ...
 
     def now_ms(self) -> int:
@@ -366,6 +375,13 @@ class StorageBackend(Protocol):
 
         Raises ExpectationFailed, Fenced, IdempotencyConflict, Busy (nothing was written),
         UnknownOutcome, or Unavailable (after a failed write, until reopened).
+        """
+        ...
+
+    def claim(self, wanted: Claim, batch: Batch | None = None) -> Commit | None:
+        """Apply `batch` and start jobs as `wanted` says, each under a new lease, in one commit.
+
+        None when there was no batch and nothing to do. Raises what `commit` raises.
         """
         ...
 

@@ -5,13 +5,14 @@
                         v  |
                      retrying            (waits for run_at without a slot; a claim moves it to running)
 
-`paused` and `quarantined` are the column `hold`, not states. Terminal states are final, except that
-RETRY JOB moves failed or cancelled back to queued.
+A claim may take a new job through queued to running in its one commit. `paused` and `quarantined` are the
+column `hold`, not states. Terminal states are final, except that RETRY JOB moves failed or cancelled back
+to queued.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Final, Protocol
@@ -83,7 +84,39 @@ class OnInterrupt(StrEnum):
     FAIL = "fail"
 
 
-class RetryPolicy(msgspec.Struct, frozen=True, kw_only=True):
+class AttemptOutcome(StrEnum):
+    """How an attempt ended."""
+
+    COMPLETED = "completed"
+    SKIPPED = "skipped"
+    FAILED = "failed"
+    RETRYING = "retrying"
+    """It failed and the job is tried again."""
+    SNOOZED = "snoozed"
+    PAUSED = "paused"
+    CANCELLED = "cancelled"
+    INTERRUPTED = "interrupted"
+    """Its process stopped or died."""
+
+    @property
+    def has_message(self) -> bool:
+        """Whether message, trace and result of the job are those of this attempt."""
+        return self in _WITH_MESSAGE
+
+
+_WITH_MESSAGE: Final = frozenset(
+    {AttemptOutcome.COMPLETED, AttemptOutcome.SKIPPED, AttemptOutcome.FAILED, AttemptOutcome.RETRYING}
+)
+
+PRIORITY_MAX: Final = 1000
+"""Priorities lie between minus this and this."""
+
+AGEING_MS: Final = 60_000
+"""One point of priority counts as much as this much longer a wait, so that nothing starves. Part of the stored
+format."""
+
+
+class RetryPolicy(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """How long a failed attempt waits: min(base * factor ** retries, cap), give or take `jitter`."""
 
     base_ms: int = 100
@@ -102,8 +135,11 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
     text: str = ""
 
 
-class JobRow(msgspec.Struct, frozen=True, kw_only=True):
-    """One row of system.jobs as stored. Times are milliseconds since 1970; they end in `_at`."""
+class JobRow(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """One row of system.jobs as stored. Times are milliseconds since 1970; they end in `_at`.
+
+    The order of the fields is part of the stored format: add new ones at the end.
+    """
 
     job_id: JobId
     job_type: str
@@ -123,6 +159,7 @@ class JobRow(msgspec.Struct, frozen=True, kw_only=True):
     process_deaths: int = 0
     lease_id: int | None = None
     hold: Hold | None = None
+    """Of a running job: what holds it once this attempt has ended."""
     cancel_requested: bool = False
     progress: Progress | None = None
     checkpoint: Any = None
@@ -144,9 +181,49 @@ class JobRow(msgspec.Struct, frozen=True, kw_only=True):
     node_id: int = 0
     events: int = 0
     """Events written so far; the next one has number events + 1."""
+    attempt_started_at: int | None = None
+    attempt_finished_at: int | None = None
+    outcome: AttemptOutcome | None = None
+    """How the last attempt ended; None before the first and while one runs."""
+
+    @property
+    def due_at(self) -> int:
+        """When its waiting began or begins: jobs of one priority run in this order."""
+        return max(self.run_at, self.created_at, 0)
+
+    def attempt_row(self) -> JobAttempt:
+        """The newest attempt, as far as it is."""
+        told = self.outcome is not None and self.outcome.has_message
+        return JobAttempt(
+            job_id=self.job_id,
+            attempt=self.attempt,
+            outcome=self.outcome,
+            started_at=self.attempt_started_at or 0,
+            finished_at=self.attempt_finished_at,
+            message=self.message if told else None,
+            exception_trace=self.exception_trace if told else None,
+            result=self.result if told else None,
+            progress=self.progress,
+        )
 
 
-class JobEvent(msgspec.Struct, frozen=True, kw_only=True):
+class JobAttempt(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """One run of a job. New fields go to the end."""
+
+    job_id: JobId
+    attempt: int
+    outcome: AttemptOutcome | None = None
+    """None while it runs."""
+    started_at: int = 0
+    finished_at: int | None = None
+    message: str | None = None
+    exception_trace: str | None = None
+    result: Any = None
+    progress: Progress | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobEvent:
     """One line of a job's history. `number` rises per job from 1 without gaps."""
 
     job_id: JobId
@@ -155,7 +232,11 @@ class JobEvent(msgspec.Struct, frozen=True, kw_only=True):
     level: str
     text: str
     position: int = 0
-    """Place in the commit order over all jobs; rises, with gaps where jobs were deleted. Set by the store."""
+    """Place in the commit order over all jobs; rises, with gaps where jobs were deleted."""
+
+
+Events = Sequence[tuple[str, str]]
+"""(level, text) of each event that an operation writes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,23 +249,24 @@ class JobInsert:
 
     row: JobRow
     draw_id: Callable[[], str]
-    events: tuple[tuple[str, str], ...] = ()
-    """(level, text) of each event."""
+    events: Events = ()
 
 
 @dataclass(frozen=True, slots=True)
 class JobMove:
-    """Replace a job's row by compare-and-set on (status, lease).
+    """Change columns of a job by compare-and-set on (status, lease).
 
-    `row` holds the new state; the move from `status` must be in LEGAL_MOVES or keep the state.
-    Fails with Fenced when the stored (status, lease_id) is not (`status`, `lease_id`).
-    `row.events` must be the stored count; the store adds len(events) to it.
+    Fails with Fenced when the stored (status, lease_id) is not (`status`, `lease_id`). A new status must be
+    in LEGAL_MOVES or the same. The store itself keeps `updated_at`, `lease_id`, `attempt_finished_at`,
+    `finished_at`, `events`, and clears `hold` of a job that ends (but quarantine).
     """
 
+    job_id: JobId
     status: JobStatus
     lease_id: int | None
-    row: JobRow
-    events: tuple[tuple[str, str], ...] = ()
+    changes: Mapping[str, Any]
+    """Column -> new value; may hold `status`."""
+    events: Events = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +275,27 @@ class JobFence:
 
     job_id: JobId
     lease_id: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claim:
+    """Which jobs to start: up to `limit` that are due and not held.
+
+    Those of a lane (queue, type, priority) go by `due_at`; between lanes a point of priority is worth
+    AGEING_MS. A job whose concurrency key a running job has waits until that one has ended.
+    """
+
+    limit: int
+    types: Set[str]
+    """Types that can run here."""
+    queue_limit: Callable[[str], int | None] = lambda queue: None
+    """How many jobs of a queue may run at once; 0 stops it, None is no limit."""
+    admit_max: int = 0
+    """So many new jobs beyond the claimed ones become queued."""
+    admitted: Events = ()
+    """Events of a job that leaves `new`."""
+    started: Callable[[JobRow], Events] = lambda row: ()
+    """Events of a claimed job, given its row."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -214,25 +317,10 @@ class JobFilter:
 
 
 class JobStore(Protocol):
-    """Reading and claiming jobs. Moves and inserts go through `StorageBackend.commit`."""
+    """Reading jobs. They change by `StorageBackend.commit` and `StorageBackend.claim` only."""
 
-    def claim(
-        self,
-        *,
-        limit: int,
-        runnable: Callable[[JobRow], bool],
-        on_claim: Callable[[JobRow], tuple[JobRow, tuple[tuple[str, str], ...]]],
-    ) -> list[JobRow]:
-        """Move up to `limit` due jobs to running, each under a new lease, in one commit.
-
-        Considers queued and due retrying jobs without hold, by priority (highest first), then run_at,
-        then created_at. `runnable` may refuse one (no executor here, a limit is reached); `on_claim`
-        gets the row with its new lease and status and returns it with started_at and its events.
-        """
-        ...
-
-    def next_due_ms(self) -> int | None:
-        """run_at of the earliest job that waits for its time; None when none waits."""
+    def next_due_ms(self, types: Set[str] | None = None) -> int | None:
+        """`due_at` of the earliest job (of these types) that waits for its time; None when none waits."""
         ...
 
     def get(self, job_id: JobId) -> JobRow | None:
@@ -243,18 +331,45 @@ class JobStore(Protocol):
         """The active job that holds this key."""
         ...
 
+    def running_with_key(self, concurrency_key: str) -> JobRow | None:
+        """The running job that has this concurrency key."""
+        ...
+
     def query(self, wanted: JobFilter) -> list[JobRow]:
         """Jobs that match, sorted. Uses the status index where `statuses` is given."""
         ...
 
-    def count(self, status: JobStatus) -> int:
-        """How many jobs are in `status`; does not read them."""
+    def count(self, status: JobStatus, queue: str | None = None) -> int:
+        """How many jobs (of a queue) are in `status`; does not read them."""
+        ...
+
+    def queues(self) -> list[str]:
+        """Queues that have jobs, sorted; does not read the jobs."""
         ...
 
     def events(self, job_id: JobId | None = None, *, after: int = 0, limit: int = 1000) -> Sequence[JobEvent]:
-        """Events of one job with number > `after`; of all jobs in commit order with position > `after` when None."""
+        """Events of one job with number > `after`; of all jobs in commit order with position > `after` when None.
+
+        The order of all jobs is forgotten up to where `release_events` said, and for deleted jobs.
+        """
+        ...
+
+    def event_position(self) -> int:
+        """Position of the newest event."""
+        ...
+
+    def release_events(self, position: int) -> None:
+        """Nobody reads the events of all jobs at or below `position` any more. Those of each job stay."""
+        ...
+
+    def attempts(self, job_id: JobId) -> list[JobAttempt]:
+        """All attempts of a job, oldest first."""
         ...
 
     def delete(self, job_ids: Sequence[JobId]) -> int:
-        """Remove ended jobs with their events; active ones are left. Returns how many went."""
+        """Remove ended jobs with their history; active ones are left. Returns how many went."""
+        ...
+
+    def delete_ended(self, status: JobStatus, *, finished_before: int | None, limit: int) -> int:
+        """Remove up to `limit` jobs of a terminal state, oldest first, that ended before that time (None: any)."""
         ...

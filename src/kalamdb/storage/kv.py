@@ -26,7 +26,7 @@ from itertools import islice
 import msgspec
 
 from kalamdb.clock import Clock, seq_at_ms
-from kalamdb.errors import Closed, Internal, InvalidRequest, KalamDbError, Unavailable
+from kalamdb.errors import Closed, Internal, InvalidRequest, KalamDbError
 from kalamdb.storage import (
     ABSENT,
     ANY,
@@ -48,10 +48,11 @@ from kalamdb.storage import (
     record_prefix,
     record_uid,
 )
-from kalamdb.storage.job_index import JobIndex
-from kalamdb.storage.jobs import JobRow
+from kalamdb.storage.committer import Committer, refused
+from kalamdb.storage.job_index import JobIndex, Staged
+from kalamdb.storage.jobs import Claim
 from kalamdb.storage.ordered import KvReader, OrderedKv, Range, Write
-from kalamdb.types import JobId, Scope, Seq, TableUid
+from kalamdb.types import Scope, Seq, TableUid
 
 
 class Space(IntEnum):
@@ -252,7 +253,7 @@ class KvBackend:
             self._removals[record_uid(key[1:])] = b""
         self._numbers: dict[str, tuple[int, int]] = {}
         self._commits = 0
-        self._committer = _Committer(kv, self.head, self._fail)
+        self._committer = Committer(kv, self.head, self._fail)
         self._jobs = JobIndex(kv, clock, self._lock, self._commit, self._check_open)
 
     @property
@@ -292,9 +293,21 @@ class KvBackend:
 
     def commit(self, batch: Batch) -> Commit:
         """See StorageBackend. A batch whose idempotency key is known is not applied again."""
-        return self._commit(batch, (), {})
+        return self._commit(batch)
 
-    def _commit(self, batch: Batch, extra: Sequence[Write], jobs: Mapping[JobId, JobRow]) -> Commit:
+    def claim(self, wanted: Claim, batch: Batch | None = None) -> Commit | None:
+        """See StorageBackend."""
+        done = self._commit(batch or Batch(), claim=wanted)
+        return None if batch is None and not done.changed_jobs else done
+
+    def _commit(
+        self,
+        batch: Batch,
+        *,
+        claim: Claim | None = None,
+        prepared: Staged | None = None,
+        ranges: Sequence[Range] = (),
+    ) -> Commit:
         with self._lock:
             self._check_writable()
             known = self._known_outcome(batch.idempotency_key)
@@ -305,8 +318,10 @@ class KvBackend:
             first = max(seq_at_ms(self._clock.now_ms()) | self._node_bits, self._last + 1)
             seqs = range(first, first + len(batch.rows))
             seq = max(first, first + len(batch.rows) + batch.reserve - 1)
-            staged = self._jobs.stage(batch.jobs, jobs)
-            writes: list[Write] = [*staged.writes, *extra]
+            staged = prepared or self._jobs.stage(batch.jobs, claim)
+            if claim is not None and staged.is_empty and batch.is_empty():
+                return Commit(self._last, (), ())
+            writes: list[Write] = staged.writes
             for op, key, seq_ in zip(batch.rows, row_keys, seqs, strict=True):
                 if op.bucket is None:
                     writes.append((key, _ROW_HEADER.pack(seq_, op.flags) + op.payload))
@@ -319,12 +334,14 @@ class KvBackend:
                     )
             for retire in batch.retire:
                 self._stage_retire(retire, seq, writes)
-            commit = Commit(seq, seqs, found, tuple(staged.ids))
+            commit = Commit(
+                seq, seqs, found, tuple(staged.ids), staged.rows, tuple(staged.claimed), bool(staged.joined)
+            )
             if batch.idempotency_key is not None:
                 self._stage_outcome(batch.idempotency_key, commit, writes)
             writes.append((_LAST_SEQ, _NUMBER.pack(seq)))
             assert seq > self._last
-            self._write(writes, self._deleted_ranges(batch))
+            self._write(writes, [*self._deleted_ranges(batch), *ranges])
             self._last = seq
             self._jobs.apply(staged)
             self._follow(batch, commit)
@@ -451,7 +468,7 @@ class KvBackend:
     def _check_writable(self) -> None:
         self._check_open()
         if self._failure is not None:
-            raise _refused(self._failure)
+            raise refused(self._failure)
 
     def _fail(self, cause: str) -> None:
         """Refuse writes from now on: what reached the disk is not known before it is opened again."""
@@ -600,12 +617,6 @@ def _check_record(op: RecordOp, stored: bytes | None) -> None:
         )  # fmt: skip
 
 
-def _refused(cause: str) -> Unavailable:
-    return Unavailable(
-        f"writes are refused since a commit failed: {cause}; mend the cause, then close and open the database"
-    )
-
-
 def _expected(expect: Seq) -> str:
     return {ABSENT: "none", PRESENT: "any"}.get(expect, str(expect))
 
@@ -624,69 +635,3 @@ def _table_ranges(uid: TableUid) -> list[Range]:
         assert end is not None
         ranges.append((prefix, end))
     return ranges
-
-
-class _Committer:
-    """Group commit: one thread syncs for all that wait. Whoever wrote before a sync began is done by it."""
-
-    def __init__(self, kv: OrderedKv, head: Callable[[], Seq], fail: Callable[[str], None]) -> None:
-        self._kv = kv
-        self._head = head
-        self._fail = fail
-        self._condition = threading.Condition()
-        self._wanted: Seq = 0
-        # What was read back at the opening is on disk: RocksDB writes the recovered log to a file.
-        self._synced: Seq = head()
-        self._stopping = False
-        self._cause: str | None = None
-        self._thread: threading.Thread | None = None
-        self.groups = 0
-
-    def wait(self, seq: Seq) -> None:
-        """Block until commits up to `seq` are durable. Raises Unavailable when the disk refuses."""
-        with self._condition:
-            if seq <= self._synced:
-                return
-            if self._stopping:
-                raise Closed("the database is closed; open it again")
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="kalamdb-committer", daemon=True)
-                self._thread.start()
-            self._wanted = max(self._wanted, seq)
-            self._condition.notify_all()
-            while self._synced < seq and self._cause is None:
-                self._condition.wait()
-            if self._synced < seq:
-                assert self._cause is not None
-                raise _refused(self._cause)
-
-    def _run(self) -> None:
-        while True:
-            with self._condition:
-                while self._wanted <= self._synced and not self._stopping:
-                    self._condition.wait()
-                if self._wanted <= self._synced:
-                    return
-            upto = self._head()
-            cause: str | None = None
-            try:
-                self._kv.sync()
-            except KalamDbError as exc:
-                cause = str(exc)
-                self._fail(cause)
-            with self._condition:
-                if cause is None:
-                    self._synced = upto
-                    self.groups += 1
-                self._cause = cause
-                self._condition.notify_all()
-                if cause is not None:
-                    return
-
-    def stop(self) -> None:
-        """Sync what is asked for, then end the thread."""
-        with self._condition:
-            self._stopping = True
-            self._condition.notify_all()
-        if self._thread is not None:
-            self._thread.join()

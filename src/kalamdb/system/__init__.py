@@ -24,6 +24,7 @@ from kalamdb.system.shape import (
     INFORMATION_SCHEMA,
     SYSTEM,
     Filters,
+    Rows,
     SystemColumn,
     SystemTable,
     arrow_table,
@@ -108,6 +109,10 @@ class SystemSources:
     """Figures by name; shown together with those of the catalog and of the jobs."""
     segments_directory: str
     """Base directory of the storage `local`."""
+    job_queues: Callable[[], Rows] = tuple
+    """Rows of system.job_queues."""
+    job_executors: Callable[[], Rows] = tuple
+    """Rows of system.job_executors."""
 
 
 class SystemTablesRegistry:
@@ -118,7 +123,7 @@ class SystemTablesRegistry:
         self._tables: dict[TableId, SystemTable] = {}
         own = [
             *catalog_tables(sources.catalog, self.tables, sources.segments_directory),
-            *job_tables(sources.jobs),
+            *job_tables(sources.jobs, sources.job_queues, sources.job_executors),
             *standard_tables(sources.catalog, self.tables),
             SystemTable(TableId(SYSTEM, "manifest"), _MANIFEST, lambda _: map(_manifest_row, sources.manifests())),
             SystemTable(TableId(SYSTEM, "settings"), _SETTINGS, lambda _: map(_setting_row, sources.settings())),

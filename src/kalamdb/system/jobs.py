@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from kalamdb.storage.jobs import JobFilter, JobRow, JobStatus, JobStore
+from kalamdb.storage.jobs import JobAttempt, JobFilter, JobRow, JobStatus, JobStore
 from kalamdb.system.shape import SYSTEM, Filters, Rows, SystemTable, columns_of
 from kalamdb.types import JobId, TableId
 
@@ -17,12 +17,27 @@ _JOBS: Final = columns_of(
     "run_at TS, created_by T, timeout_s DOUBLE?, on_interrupt T"
 )
 _JOB_EVENTS: Final = columns_of("job_id T, event_number BIGINT, created_at TS, level T, message T")
+_JOB_ATTEMPTS: Final = columns_of(
+    "job_id T, attempt INT, outcome T?, started_at TS, finished_at TS?, message T?, exception_trace T?, result JSON?, "
+    "progress JSON?"
+)
+_JOB_QUEUES: Final = columns_of(
+    "queue T, max_concurrent INT?, paused BOOL, paused_by T?, paused_at TS?, reason T?, jobs_new BIGINT, "
+    "jobs_queued BIGINT, jobs_running BIGINT, jobs_retrying BIGINT"
+)
+_JOB_EXECUTORS: Final = columns_of(
+    "job_type T, prefix T, queue T, priority INT, max_retries INT?, timeout_s DOUBLE?, on_interrupt T, schedule T?, "
+    "parameters_schema JSON"
+)
 _EVENTS_MAX: Final = 1_000_000
 
 
-def job_tables(jobs: JobStore) -> list[SystemTable]:
-    """jobs, job_events."""
+def job_tables(jobs: JobStore, queues: Callable[[], Rows], executors: Callable[[], Rows]) -> list[SystemTable]:
+    """jobs, job_events, job_attempts, job_queues, job_executors."""
     return [
+        SystemTable(TableId(SYSTEM, "job_attempts"), _JOB_ATTEMPTS, lambda filters: _attempt_rows(jobs, filters)),
+        SystemTable(TableId(SYSTEM, "job_queues"), _JOB_QUEUES, lambda _: queues()),
+        SystemTable(TableId(SYSTEM, "job_executors"), _JOB_EXECUTORS, lambda _: executors()),
         SystemTable(TableId(SYSTEM, "jobs"), _JOBS, lambda filters: map(_job_row, _chosen(jobs, filters))),
         SystemTable(TableId(SYSTEM, "job_events"), _JOB_EVENTS, lambda filters: _event_rows(jobs, filters)),
     ]
@@ -88,9 +103,33 @@ def _job_row(job: JobRow) -> Sequence[Any]:
     )
 
 
-def _event_rows(jobs: JobStore, filters: Filters) -> Rows:
+def _job_ids(jobs: JobStore, filters: Filters) -> Sequence[JobId]:
     ids = filters.get("job_id")
-    wanted = [None] if ids is None else [JobId(job_id) for job_id in sorted(map(str, ids))]
-    for job_id in wanted:
+    if ids is not None:
+        return [JobId(job_id) for job_id in sorted(map(str, ids))]
+    return [row.job_id for row in jobs.query(JobFilter(limit=None))]
+
+
+def _event_rows(jobs: JobStore, filters: Filters) -> Rows:
+    for job_id in _job_ids(jobs, filters):
         for event in jobs.events(job_id, limit=_EVENTS_MAX):
             yield event.job_id, event.number, event.at, event.level, event.text
+
+
+def _attempt_rows(jobs: JobStore, filters: Filters) -> Rows:
+    for job_id in _job_ids(jobs, filters):
+        yield from map(_attempt_row, jobs.attempts(job_id))
+
+
+def _attempt_row(attempt: JobAttempt) -> Sequence[Any]:
+    return (
+        attempt.job_id,
+        attempt.attempt,
+        None if attempt.outcome is None else attempt.outcome.value,
+        attempt.started_at,
+        attempt.finished_at,
+        attempt.message,
+        attempt.exception_trace,
+        attempt.result,
+        attempt.progress,
+    )

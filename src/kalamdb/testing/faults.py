@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
@@ -21,7 +21,7 @@ from kalamdb.storage import (
     StorageBackend,
     UnknownOutcome,
 )
-from kalamdb.storage.jobs import JobEvent, JobFilter, JobRow, JobStatus
+from kalamdb.storage.jobs import Claim, JobAttempt, JobEvent, JobFilter, JobRow, JobStatus
 from kalamdb.types import JobId, RowFlags, Seq, TableUid
 
 
@@ -85,6 +85,12 @@ class FlakyBackend:
                 self.inner.commit(batch)
             raise UnknownOutcome(batch.idempotency_key)
         return self.inner.commit(batch)
+
+    def claim(self, wanted: Claim, batch: Batch | None = None) -> Commit | None:
+        """See StorageBackend; may be busy."""
+        self.delay()
+        self.maybe_busy()
+        return self.inner.claim(wanted, batch)
 
     def wait_durable(self, commit: Commit, *, names_files: bool = False) -> None:
         """See StorageBackend."""
@@ -168,26 +174,15 @@ def is_injected(error: Exception) -> bool:
 
 
 class _FlakyJobs:
-    """A `JobStore` whose calls take time and whose claim is busy at times."""
+    """A `JobStore` whose calls take time."""
 
     def __init__(self, inner: JobStore, backend: FlakyBackend) -> None:
         self._inner = inner
         self._backend = backend
 
-    def claim(
-        self,
-        *,
-        limit: int,
-        runnable: Callable[[JobRow], bool],
-        on_claim: Callable[[JobRow], tuple[JobRow, tuple[tuple[str, str], ...]]],
-    ) -> list[JobRow]:
+    def next_due_ms(self, types: Set[str] | None = None) -> int | None:
         self._backend.delay()
-        self._backend.maybe_busy()
-        return self._inner.claim(limit=limit, runnable=runnable, on_claim=on_claim)
-
-    def next_due_ms(self) -> int | None:
-        self._backend.delay()
-        return self._inner.next_due_ms()
+        return self._inner.next_due_ms(types)
 
     def get(self, job_id: JobId) -> JobRow | None:
         self._backend.delay()
@@ -197,18 +192,41 @@ class _FlakyJobs:
         self._backend.delay()
         return self._inner.active_with_key(idempotency_key)
 
+    def running_with_key(self, concurrency_key: str) -> JobRow | None:
+        self._backend.delay()
+        return self._inner.running_with_key(concurrency_key)
+
     def query(self, wanted: JobFilter) -> list[JobRow]:
         self._backend.delay()
         return self._inner.query(wanted)
 
-    def count(self, status: JobStatus) -> int:
+    def count(self, status: JobStatus, queue: str | None = None) -> int:
         self._backend.delay()
-        return self._inner.count(status)
+        return self._inner.count(status, queue)
+
+    def queues(self) -> list[str]:
+        self._backend.delay()
+        return self._inner.queues()
 
     def events(self, job_id: JobId | None = None, *, after: int = 0, limit: int = 1000) -> Sequence[JobEvent]:
         self._backend.delay()
         return self._inner.events(job_id, after=after, limit=limit)
 
+    def event_position(self) -> int:
+        return self._inner.event_position()
+
+    def release_events(self, position: int) -> None:
+        self._backend.delay()
+        self._inner.release_events(position)
+
+    def attempts(self, job_id: JobId) -> list[JobAttempt]:
+        self._backend.delay()
+        return self._inner.attempts(job_id)
+
     def delete(self, job_ids: Sequence[JobId]) -> int:
         self._backend.delay()
         return self._inner.delete(job_ids)
+
+    def delete_ended(self, status: JobStatus, *, finished_before: int | None, limit: int) -> int:
+        self._backend.delay()
+        return self._inner.delete_ended(status, finished_before=finished_before, limit=limit)

@@ -6,16 +6,17 @@ Subclass `JobStoreContract` together with `kalamdb.testing.storage.StorageContra
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Set
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 
 from kalamdb.errors import IdempotencyConflict, Internal, InvalidRequest
 from kalamdb.storage import Batch, Busy, Fenced, JobFence, JobInsert, JobMove, StorageBackend
-from kalamdb.storage.jobs import LEGAL_MOVES, Hold, JobFilter, JobRow, JobStatus
+from kalamdb.storage.jobs import AGEING_MS, LEGAL_MOVES, AttemptOutcome, Claim, Hold, JobFilter, JobRow, JobStatus
 from kalamdb.testing.clock import SimulatedClock
 from kalamdb.testing.storage import StorageContract, Store, commit, payloads, row
 from kalamdb.types import JobId
@@ -38,7 +39,8 @@ class Ids:
 
 def job(**columns: object) -> JobRow:
     """A new job's row; queued unless `status` says otherwise."""
-    return msgspec.convert({"job_id": "", "job_type": "test", "status": JobStatus.QUEUED, **columns}, JobRow)
+    given: dict[str, Any] = {"job_type": "test", "status": JobStatus.QUEUED, **columns}
+    return JobRow(job_id=JobId(""), **given)
 
 
 def insert(
@@ -59,23 +61,33 @@ def stored(backend: StorageBackend, job_id: JobId) -> JobRow:
 
 def move(backend: StorageBackend, old: JobRow, *, events: Events = (), **changes: object) -> JobRow:
     """Move a job from what the caller knows of it; returns it as stored."""
-    new = msgspec.structs.replace(old, **changes)
-    commit(backend, Batch(jobs=[JobMove(old.status, old.lease_id, new, events)]))
+    commit(backend, Batch(jobs=[JobMove(old.job_id, old.status, old.lease_id, changes, events)]))
     return stored(backend, old.job_id)
 
 
-def start(row_: JobRow) -> tuple[JobRow, Events]:
-    """What a runner does on a claim."""
-    return msgspec.structs.replace(row_, started_at=1), (("INFO", "Job started"),)
-
-
-def claim(backend: StorageBackend, limit: int = 1, runnable: Callable[[JobRow], bool] = lambda _: True) -> list[JobRow]:
-    """Claim as a runner has to: again when busy."""
+def claim(
+    backend: StorageBackend,
+    limit: int = 1,
+    *,
+    types: Set[str] = frozenset({"test", "a", "b"}),
+    queues: Mapping[str, int] | None = None,
+    admit_max: int = 0,
+    batch: Batch | None = None,
+) -> list[JobRow]:
+    """Claim as a runner has to: again when busy. The jobs as they were stored."""
+    wanted = Claim(
+        limit=limit, types=types, queue_limit=(queues or {}).get, admit_max=admit_max,
+        admitted=(("INFO", "Job queued"),), started=lambda row_: (("INFO", f"Job started ({row_.attempt})"),),
+    )  # fmt: skip
     while True:
         try:
-            return backend.jobs.claim(limit=limit, runnable=runnable, on_claim=start)
+            done = backend.claim(wanted, batch)
         except Busy:
             continue
+        if done is None:
+            return []
+        rows = {row_.job_id: row_ for row_ in done.changed_jobs}
+        return [rows[job_id] for job_id in done.claimed]
 
 
 class JobStoreContract:
@@ -149,20 +161,15 @@ class JobStoreContract:
     def test_a_job_can_end_and_be_succeeded_under_its_key_in_one_batch(self, backend: StorageBackend) -> None:
         insert(backend, job(idempotency_key="k"))
         running = claim(backend)[0]
-        done = msgspec.structs.replace(running, status=JobStatus.COMPLETED)
-        batch = Batch(
-            jobs=[
-                JobMove(JobStatus.RUNNING, running.lease_id, done),
-                JobInsert(job(idempotency_key="k"), lambda: "XX-next"),
-            ]
-        )
+        end = JobMove(running.job_id, JobStatus.RUNNING, running.lease_id, {"status": JobStatus.COMPLETED})
+        batch = Batch(jobs=[end, JobInsert(job(idempotency_key="k"), lambda: "XX-next")])
         commit(backend, batch)
         heir = backend.jobs.active_with_key("k")
         assert heir is not None and heir.job_id == "XX-next"
 
     def test_retrying_an_ended_job_needs_its_key_free(self, backend: StorageBackend) -> None:
         insert(backend, job(idempotency_key="k"))
-        failed = move(backend, claim(backend)[0], status=JobStatus.FAILED, lease_id=None)
+        failed = move(backend, claim(backend)[0], status=JobStatus.FAILED)
         heir = insert(backend, job(idempotency_key="k"))
         with pytest.raises(IdempotencyConflict):
             move(backend, failed, status=JobStatus.QUEUED)
@@ -179,10 +186,7 @@ class JobStoreContract:
             assert move(backend, before, status=new).status is new
         else:
             with pytest.raises(Internal):
-                commit(
-                    backend,
-                    Batch(rows=[row(1)], jobs=[JobMove(old, None, msgspec.structs.replace(before, status=new))]),
-                )
+                commit(backend, Batch(rows=[row(1)], jobs=[JobMove(before.job_id, old, None, {"status": new})]))
             assert stored(backend, before.job_id) == before and payloads(backend) == []
         for status in JobStatus:
             assert backend.jobs.count(status) == len(backend.jobs.query(JobFilter(statuses=frozenset({status}))))
@@ -190,7 +194,7 @@ class JobStoreContract:
     def test_a_move_from_a_status_or_lease_that_is_not_the_stored_one_is_fenced(self, backend: StorageBackend) -> None:
         insert(backend, job())
         running = claim(backend)[0]
-        done = msgspec.structs.replace(running, status=JobStatus.COMPLETED)
+        done = {"status": JobStatus.COMPLETED}
         assert running.lease_id is not None
         for status, lease in (
             (JobStatus.QUEUED, running.lease_id),
@@ -198,10 +202,9 @@ class JobStoreContract:
             (JobStatus.RUNNING, None),
         ):
             with pytest.raises(Fenced):
-                commit(backend, Batch(rows=[row(1)], jobs=[JobMove(status, lease, done)]))
+                commit(backend, Batch(rows=[row(1)], jobs=[JobMove(running.job_id, status, lease, done)]))
         with pytest.raises(Fenced):
-            stranger = msgspec.structs.replace(done, job_id=JobId("XX-none"))
-            commit(backend, Batch(jobs=[JobMove(JobStatus.RUNNING, running.lease_id, stranger)]))
+            commit(backend, Batch(jobs=[JobMove(JobId("XX-none"), JobStatus.RUNNING, running.lease_id, done)]))
         assert stored(backend, running.job_id) == running and payloads(backend) == []
 
     def test_a_fence_lets_a_batch_through_only_under_the_running_lease(self, backend: StorageBackend) -> None:
@@ -216,7 +219,7 @@ class JobStoreContract:
         ):
             with pytest.raises(Fenced):
                 commit(backend, Batch(rows=[row(2)], jobs=[wrong]))
-        requeued = move(backend, running, status=JobStatus.QUEUED, lease_id=None)
+        requeued = move(backend, running, status=JobStatus.QUEUED)
         with pytest.raises(Fenced):
             commit(backend, Batch(rows=[row(2)], jobs=[fence]))
         again = claim(backend)[0]
@@ -236,28 +239,154 @@ class JobStoreContract:
     def test_an_end_and_its_effects_are_one_commit(self, store: Store) -> None:
         insert(store.backend, job())
         running = claim(store.backend)[0]
-        done = msgspec.structs.replace(running, status=JobStatus.COMPLETED, message="5 rows")
-        effect = Batch(
-            rows=[row(1)],
-            jobs=[JobMove(JobStatus.RUNNING, running.lease_id, done, (("INFO", "Job completed: 5 rows"),))],
-        )
+        done = {"status": JobStatus.COMPLETED, "message": "5 rows"}
+        end = JobMove(
+            running.job_id, JobStatus.RUNNING, running.lease_id, done, (("INFO", "Job completed: 5 rows"),)
+        )  # fmt: skip
+        effect = Batch(rows=[row(1)], jobs=[end])
         commit(store.backend, effect)
         backend = store.reopen()
         assert stored(backend, running.job_id).status is JobStatus.COMPLETED and len(payloads(backend)) == 1
 
     # Claiming
 
-    def test_claims_follow_priority_then_due_time_then_age(self, store: Store) -> None:
+    def test_claims_follow_priority_then_due_time(self, store: Store) -> None:
         now = store.clock.now_ms()
         wanted = [
-            insert(store.backend, job(priority=priority, run_at=run_at, created_at=created)).job_id
-            for priority, run_at, created in (
-                (5, now - 1, 9), (5, now, 1), (5, now, 2), (0, 0, 3), (0, 0, 4), (0, now - 5, 1), (-7, 0, 0)
+            insert(store.backend, job(priority=priority, run_at=run_at, created_at=now - age_ms)).job_id
+            for priority, run_at, age_ms in (
+                (5, 0, 9), (5, now - 5, 900), (5, now, 0), (0, 0, 7), (0, 0, 3), (0, now - 2, 5), (-7, 0, 9)
             )
         ]  # fmt: skip
         assert [one.job_id for one in claim(store.backend, 3)] == wanted[:3]
         assert [one.job_id for one in claim(store.backend, 99)] == wanted[3:]
         assert claim(store.backend, 99) == []
+
+    def test_a_job_of_low_priority_that_waited_long_enough_comes_first(self, store: Store) -> None:
+        now = store.clock.now_ms()
+        young = insert(store.backend, job(priority=3, queue="a", created_at=now))
+        old = insert(store.backend, job(created_at=now - 3 * AGEING_MS - 1))
+        middle = insert(store.backend, job(priority=1, created_at=now - 2 * AGEING_MS + 1))
+        assert [one.job_id for one in claim(store.backend, 9)] == [old.job_id, young.job_id, middle.job_id]
+
+    def test_a_claim_takes_new_jobs_through_queued(self, backend: StorageBackend) -> None:
+        fresh = insert(backend, job(status=JobStatus.NEW), events=(("INFO", "Job created"),))
+        claimed = claim(backend)[0]
+        assert claimed.job_id == fresh.job_id and claimed.status is JobStatus.RUNNING
+        texts = [event.text for event in backend.jobs.events(fresh.job_id)]
+        assert texts == ["Job created", "Job queued", "Job started (1)"]
+
+    def test_new_jobs_that_are_not_claimed_become_queued(self, backend: StorageBackend) -> None:
+        ids = Ids()
+        commit(backend, Batch(jobs=[JobInsert(job(status=JobStatus.NEW), ids) for _ in range(5)]))
+        insert(backend, job(status=JobStatus.NEW, job_type="strange"))
+        insert(backend, job(status=JobStatus.NEW, hold=Hold.PAUSED))
+        claim(backend, 2, admit_max=3)
+        assert [backend.jobs.count(one) for one in (JobStatus.NEW, JobStatus.QUEUED, JobStatus.RUNNING)] == [2, 3, 2]
+        claim(backend, 0, admit_max=9)
+        assert [backend.jobs.count(one) for one in (JobStatus.NEW, JobStatus.QUEUED)] == [0, 5]
+
+    def test_a_batch_and_the_claims_are_one_commit(self, backend: StorageBackend) -> None:
+        first, second = insert(backend, job()), insert(backend, job())
+        running = claim(backend)[0]
+        assert running.job_id == first.job_id
+        done = JobMove(running.job_id, JobStatus.RUNNING, running.lease_id, {"status": JobStatus.COMPLETED})
+        before = backend.head()
+        assert [one.job_id for one in claim(backend, batch=Batch(rows=[row(1)], jobs=[done]))] == [second.job_id]
+        assert stored(backend, first.job_id).status is JobStatus.COMPLETED and backend.head() > before
+        stale = JobMove(first.job_id, JobStatus.RUNNING, running.lease_id, {"status": JobStatus.COMPLETED})
+        insert(backend, job())
+        with pytest.raises(Fenced):
+            claim(backend, batch=Batch(jobs=[stale]))
+        assert backend.jobs.count(JobStatus.QUEUED) == 1
+
+    def test_nothing_to_claim_is_no_commit(self, backend: StorageBackend) -> None:
+        before = backend.head()
+        assert claim(backend, 9, admit_max=9) == [] and backend.head() == before
+
+    def test_a_queue_runs_no_more_than_its_limit(self, store: Store) -> None:
+        backend, ids = store.backend, Ids()
+        commit(backend, Batch(jobs=[JobInsert(job(queue=queue), ids) for queue in ("a", "a", "a", "b", "b", "c")]))
+        limits = {"a": 2, "b": 0}
+        running = claim(backend, 99, queues=limits)
+        assert sorted(one.queue for one in running) == ["a", "a", "c"]
+        assert claim(backend, 99, queues=limits) == []
+        backend = store.reopen()
+        assert claim(backend, 99, queues=limits) == []
+        mine = next(one for one in running if one.queue == "a")
+        end = JobMove(mine.job_id, JobStatus.RUNNING, mine.lease_id, {"status": JobStatus.COMPLETED})
+        assert [one.queue for one in claim(backend, 99, queues=limits, batch=Batch(jobs=[end]))] == ["a"]
+        assert [one.queue for one in claim(backend, 99)] == ["b", "b"]
+        assert backend.jobs.queues() == ["a", "b", "c"] and backend.jobs.count(JobStatus.RUNNING, "b") == 2
+
+    def test_jobs_of_one_concurrency_key_run_one_after_another(self, store: Store) -> None:
+        backend, ids = store.backend, Ids()
+        commit(backend, Batch(jobs=[JobInsert(job(concurrency_key="k"), ids) for _ in range(4)]))
+        insert(backend, job(concurrency_key="other"))
+        insert(backend, job())
+        order = []
+        assert [one.concurrency_key for one in claim(backend, 99)] == ["k", "other", None]
+        for _ in range(4):
+            running = backend.jobs.running_with_key("k")
+            assert running is not None and claim(backend, 99) == []
+            order.append(running.job_id)
+            backend = store.reopen()
+            move(backend, running, status=JobStatus.COMPLETED)
+            claim(backend, 99)
+        assert order == [f"XX-{number:06d}" for number in range(1, 5)]
+        assert backend.jobs.running_with_key("k") is None and backend.jobs.count(JobStatus.QUEUED) == 0
+
+    def test_a_key_is_free_while_its_job_waits_for_a_retry(self, store: Store) -> None:
+        backend = store.backend
+        insert(backend, job(concurrency_key="k"))
+        insert(backend, job(concurrency_key="k"))
+        running = claim(backend, 9)[0]
+        assert claim(backend, 9) == []
+        move(backend, running, status=JobStatus.RETRYING, run_at=store.clock.now_ms() + 60_000)
+        other = claim(backend, 9)
+        assert len(other) == 1 and other[0].job_id != running.job_id
+        store.clock.advance(61)
+        assert claim(backend, 9) == []
+        move(backend, other[0], status=JobStatus.COMPLETED)
+        assert [one.job_id for one in claim(backend, 9)] == [running.job_id]
+
+    def test_a_key_goes_on_when_the_next_job_is_held_or_cancelled(self, backend: StorageBackend) -> None:
+        rows_ = [insert(backend, job(concurrency_key="k")) for _ in range(5)]
+        running = claim(backend, 9)[0]
+        assert claim(backend, 9) == []
+        move(backend, running, status=JobStatus.COMPLETED)
+        move(backend, rows_[1], hold=Hold.PAUSED)
+        move(backend, rows_[2], status=JobStatus.CANCELLED)
+        claimed = claim(backend, 9)
+        assert [one.job_id for one in claimed] == [rows_[3].job_id]
+        move(backend, stored(backend, rows_[1].job_id), hold=None)
+        move(backend, claimed[0], status=JobStatus.FAILED)
+        seen = []
+        while found := claim(backend, 9):
+            seen += [one.job_id for one in found]
+            move(backend, found[0], status=JobStatus.COMPLETED)
+        assert sorted(seen) == sorted([rows_[1].job_id, rows_[4].job_id])
+
+    def test_the_cost_of_a_claim_does_not_grow_with_jobs_that_wait_for_a_key(self, store: Store) -> None:
+        backend, ids = store.backend, Ids()
+        commit(backend, Batch(jobs=[JobInsert(job(concurrency_key="k"), ids) for _ in range(300)]))
+        for _ in range(3):
+            claim(backend, 300)
+        running = backend.jobs.running_with_key("k")
+        assert running is not None
+        before = backend.head()
+        assert claim(backend, 300) == [] and backend.head() == before
+        move(backend, running, status=JobStatus.COMPLETED)
+        assert [one.job_id for one in claim(backend, 300)] == ["XX-000002"]
+
+    def test_lanes_of_many_jobs_are_read_on(self, store: Store) -> None:
+        backend, ids = store.backend, Ids()
+        for priority in (0, 1, 0):
+            commit(backend, Batch(jobs=[JobInsert(job(priority=priority), ids) for _ in range(400)]))
+        store.reopen()
+        seen = [one.job_id for _ in range(25) for one in claim(store.backend, 50)]
+        expected = [*range(401, 801), *range(1, 401), *range(801, 1201)]
+        assert seen == [f"XX-{number:06d}" for number in expected]
 
     def test_a_claim_gives_each_job_a_new_lease_and_writes_its_events(self, backend: StorageBackend) -> None:
         ids = [insert(backend, job(), events=(("INFO", "Job queued"),)).job_id for _ in range(3)]
@@ -265,9 +394,9 @@ class JobStoreContract:
         assert {one.job_id for one in claimed} == set(ids)
         assert len({one.lease_id for one in claimed}) == 3
         for one in claimed:
-            assert (one.status, one.attempt, one.started_at) == (JobStatus.RUNNING, 1, 1)
+            assert (one.status, one.attempt) == (JobStatus.RUNNING, 1) and one.started_at is not None
             assert stored(backend, one.job_id) == one
-            assert [event.text for event in backend.jobs.events(one.job_id)] == ["Job queued", "Job started"]
+            assert [event.text for event in backend.jobs.events(one.job_id)] == ["Job queued", "Job started (1)"]
 
     def test_leases_are_never_given_twice(self, store: Store) -> None:
         insert(store.backend, job())
@@ -275,18 +404,18 @@ class JobStoreContract:
         for _ in range(4):
             running = claim(store.backend)[0]
             leases.append(running.lease_id)
-            move(store.backend, running, status=JobStatus.QUEUED, lease_id=None)
+            move(store.backend, running, status=JobStatus.QUEUED)
             store.reopen()
         assert len(set(leases)) == 4 and stored(store.backend, running.job_id).attempt == 4
 
-    def test_jobs_that_are_not_due_held_new_or_ended_are_not_claimed(self, store: Store) -> None:
+    def test_jobs_that_are_not_due_held_running_or_ended_are_not_claimed(self, store: Store) -> None:
         backend, now = store.backend, store.clock.now_ms()
         insert(backend, job(run_at=now + 60_000_000))
         insert(backend, job(status=JobStatus.RETRYING, run_at=now + 60_000_000))
         insert(backend, job(hold=Hold.PAUSED))
         insert(backend, job(hold=Hold.QUARANTINED))
         for status in JobStatus:
-            if status not in (JobStatus.QUEUED, JobStatus.RETRYING):
+            if status not in (JobStatus.NEW, JobStatus.QUEUED, JobStatus.RETRYING):
                 insert(backend, job(status=status))
         assert claim(backend, 99) == []
 
@@ -316,7 +445,7 @@ class JobStoreContract:
     def test_what_the_caller_cannot_run_is_left(self, backend: StorageBackend) -> None:
         for kind in ("a", "b", "a", "b"):
             insert(backend, job(job_type=kind))
-        seen = claim(backend, 9, lambda one: one.job_type == "b")
+        seen = claim(backend, 9, types=frozenset({"b"}))
         assert [one.job_type for one in seen] == ["b", "b"]
         assert backend.jobs.count(JobStatus.QUEUED) == 2
 
@@ -347,7 +476,7 @@ class JobStoreContract:
     def test_observers_hear_of_a_claim(self, backend: StorageBackend) -> None:
         insert(backend, job())
         heard: list[JobStatus] = []
-        backend.observe(lambda batch, _: heard.extend(one.row.status for one in batch.jobs if isinstance(one, JobMove)))
+        backend.observe(lambda _, done: heard.extend(one.status for one in done.changed_jobs))
         claim(backend)
         assert heard == [JobStatus.RUNNING]
 
@@ -409,7 +538,7 @@ class JobStoreContract:
         move(store.backend, first, events=(("WARN", "a3"),))
         move(store.backend, second, events=(("ERROR", "b2"), ("INFO", "b3")))
         with pytest.raises(Fenced):
-            commit(store.backend, Batch(jobs=[JobMove(JobStatus.RUNNING, 1, first, (("INFO", "never"),))]))
+            commit(store.backend, Batch(jobs=[JobMove(first.job_id, JobStatus.RUNNING, 1, {}, (("INFO", "never"),))]))
         backend = store.reopen()
         found = backend.jobs.events(first.job_id)
         assert [(one.number, one.level, one.text) for one in found] == [
@@ -437,7 +566,65 @@ class JobStoreContract:
         insert(store.reopen(), job(), events=(("INFO", "after"),))
         assert [event.text for event in store.backend.jobs.events(after=position)] == ["after"]
 
+    def test_the_order_of_all_events_is_forgotten_up_to_where_it_was_released(self, store: Store) -> None:
+        one = insert(store.backend, job(), events=tuple(("INFO", f"a{n}") for n in range(3)))
+        move(store.backend, one, events=(("INFO", "b0"), ("INFO", "b1")))
+        position = store.backend.jobs.events()[3].position
+        store.backend.jobs.release_events(position)
+        backend = store.reopen()
+        assert [event.text for event in backend.jobs.events(after=position)] == ["b1"]
+        assert all(not event.text.startswith("a") for event in backend.jobs.events())
+        assert [event.text for event in backend.jobs.events(one.job_id)] == ["a0", "a1", "a2", "b0", "b1"]
+        backend.jobs.release_events(backend.jobs.event_position())
+        assert backend.jobs.events() == []
+        move(backend, stored(backend, one.job_id), events=(("INFO", "c"),))
+        assert [event.text for event in backend.jobs.events()] == ["c"]
+
+    def test_attempts_keep_what_each_came_to(self, store: Store) -> None:
+        backend = store.backend
+        insert(backend, job())
+        assert backend.jobs.attempts(JobId("XX-none")) == []
+        first = claim(backend)[0]
+        assert [(one.attempt, one.outcome) for one in backend.jobs.attempts(first.job_id)] == [(1, None)]
+        store.clock.advance(2)
+        move(
+            backend, first, status=JobStatus.RETRYING, message="no", exception_trace="trace",
+            outcome=AttemptOutcome.RETRYING,
+        )  # fmt: skip
+        second = claim(backend)[0]
+        move(backend, second, status=JobStatus.QUEUED, outcome=AttemptOutcome.SNOOZED)
+        third = claim(backend)[0]
+        done: dict[str, Any] = {
+            "message": "yes",
+            "result": {"n": 1},
+            "exception_trace": None,
+            "outcome": AttemptOutcome.COMPLETED,
+        }
+        move(backend, third, status=JobStatus.COMPLETED, **done)
+        found = store.reopen().jobs.attempts(first.job_id)
+        assert [(one.attempt, one.outcome, one.message, one.exception_trace, one.result) for one in found] == [
+            (1, "retrying", "no", "trace", None), (2, "snoozed", None, None, None),
+            (3, "completed", "yes", None, {"n": 1})
+        ]  # fmt: skip
+        assert (found[0].finished_at or 0) >= found[0].started_at + 2000
+
     # Deleting
+
+    def test_ended_jobs_are_removed_by_state_and_age(self, store: Store) -> None:
+        backend = store.backend
+        for _ in range(3):
+            insert(backend, job(created_at=store.clock.now_ms()))
+            running = claim(backend)[0]
+            store.clock.advance(10)
+            move(backend, running, status=JobStatus.COMPLETED)
+        cut = store.clock.now_ms() - 5_000
+        assert backend.jobs.delete_ended(JobStatus.FAILED, finished_before=None, limit=9) == 0
+        assert backend.jobs.delete_ended(JobStatus.COMPLETED, finished_before=cut, limit=1) == 1
+        assert backend.jobs.delete_ended(JobStatus.COMPLETED, finished_before=cut, limit=9) == 1
+        assert backend.jobs.delete_ended(JobStatus.COMPLETED, finished_before=cut, limit=9) == 0
+        assert backend.jobs.delete_ended(JobStatus.COMPLETED, finished_before=None, limit=9) == 1
+        with pytest.raises(Internal):
+            backend.jobs.delete_ended(JobStatus.RUNNING, finished_before=None, limit=9)
 
     def test_only_ended_jobs_are_deleted_with_their_events(self, store: Store) -> None:
         backend = store.backend

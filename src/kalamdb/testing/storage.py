@@ -19,6 +19,7 @@ from kalamdb.storage import (
     PRESENT,
     Batch,
     Busy,
+    Claim,
     Commit,
     ExpectationFailed,
     HotRow,
@@ -613,7 +614,7 @@ class StorageContract:
             lambda: backend.remove_retired(),
             lambda: backend.outcome("k"),
             lambda: backend.stats(),
-            lambda: backend.jobs.claim(limit=1, runnable=lambda _: True, on_claim=lambda job: (job, ())),
+            lambda: backend.claim(Claim(limit=1, types=frozenset())),
         )
         for call in refused:
             _expect_closed(call)

@@ -7,9 +7,8 @@ from typing import Any, Literal
 import msgspec
 
 from kalamdb.jobs.context import JobContext
+from kalamdb.jobs.executors.maintenance import MaintenanceExecutor
 from kalamdb.jobs.model import Outcome, Skipped, counted, size
-from kalamdb.jobs.registry import JobExecutor
-from kalamdb.storage.jobs import OnInterrupt
 
 
 class CleanupParams(msgspec.Struct, frozen=True):
@@ -20,13 +19,12 @@ class CleanupParams(msgspec.Struct, frozen=True):
     table_uid: int | None = None
 
 
-class CleanupExecutor(JobExecutor[CleanupParams]):
+class CleanupExecutor(MaintenanceExecutor[CleanupParams]):
     """Removes records and files of dropped tables, and files without record or live intent."""
 
     job_type = "cleanup"
     prefix = "CL"
     Params = CleanupParams
-    on_interrupt = OnInterrupt.REQUEUE
 
     def idempotency_key(self, params: CleanupParams, table_uid: int | None) -> str | None:
         return f"sweep:{params.table_id or 'all'}" if params.operation == "sweep" else f"drop:{table_uid}"

@@ -7,9 +7,8 @@ from typing import Any
 import msgspec
 
 from kalamdb.jobs.context import JobContext
+from kalamdb.jobs.executors.maintenance import MaintenanceExecutor
 from kalamdb.jobs.model import Outcome, Skipped, counted, size
-from kalamdb.jobs.registry import JobExecutor
-from kalamdb.storage.jobs import OnInterrupt
 
 
 class CompactParams(msgspec.Struct, frozen=True):
@@ -19,13 +18,12 @@ class CompactParams(msgspec.Struct, frozen=True):
     full: bool = True
 
 
-class CompactExecutor(JobExecutor[CompactParams]):
+class CompactExecutor(MaintenanceExecutor[CompactParams]):
     """Merges segments into level 1, or small ones among each other; skipped when nothing is worth it."""
 
     job_type = "compact"
     prefix = "CO"
     Params = CompactParams
-    on_interrupt = OnInterrupt.REQUEUE
 
     def idempotency_key(self, params: CompactParams, table_uid: int | None) -> str | None:
         return f"compact:{table_uid if table_uid is not None else params.table_id}"

@@ -7,9 +7,8 @@ from typing import Any
 import msgspec
 
 from kalamdb.jobs.context import JobContext
+from kalamdb.jobs.executors.maintenance import MaintenanceExecutor
 from kalamdb.jobs.model import Outcome, Skipped, counted, size
-from kalamdb.jobs.registry import JobExecutor
-from kalamdb.storage.jobs import OnInterrupt
 
 
 class FlushParams(msgspec.Struct, frozen=True):
@@ -18,13 +17,12 @@ class FlushParams(msgspec.Struct, frozen=True):
     table_id: str
 
 
-class FlushExecutor(JobExecutor[FlushParams]):
+class FlushExecutor(MaintenanceExecutor[FlushParams]):
     """Writes all hot rows of a table to one level-0 segment; skipped when none is hot."""
 
     job_type = "flush"
     prefix = "FL"
     Params = FlushParams
-    on_interrupt = OnInterrupt.REQUEUE
 
     def idempotency_key(self, params: FlushParams, table_uid: int | None) -> str | None:
         return f"flush:{table_uid if table_uid is not None else params.table_id}"

@@ -8,9 +8,8 @@ import msgspec
 
 from kalamdb.errors import TransactionConflict
 from kalamdb.jobs.context import JobContext
+from kalamdb.jobs.executors.maintenance import MaintenanceExecutor
 from kalamdb.jobs.model import Outcome, Skipped, Snooze
-from kalamdb.jobs.registry import JobExecutor
-from kalamdb.storage.jobs import OnInterrupt
 
 _BUSY_S = 1.0
 
@@ -22,13 +21,12 @@ class RetentionParams(msgspec.Struct, frozen=True):
     retention_hours: Annotated[float, msgspec.Meta(ge=0)] | None = None
 
 
-class RetentionExecutor(JobExecutor[RetentionParams]):
+class RetentionExecutor(MaintenanceExecutor[RetentionParams]):
     """Removes rows that were deleted longer ago than DELETED_RETENTION_HOURS, hot and cold."""
 
     job_type = "retention"
     prefix = "RT"
     Params = RetentionParams
-    on_interrupt = OnInterrupt.REQUEUE
 
     def idempotency_key(self, params: RetentionParams, table_uid: int | None) -> str | None:
         return f"retention:{table_uid if table_uid is not None else params.table_id or 'all'}"

@@ -7,9 +7,8 @@ from typing import Any
 import msgspec
 
 from kalamdb.jobs.context import JobContext
+from kalamdb.jobs.executors.maintenance import MaintenanceExecutor
 from kalamdb.jobs.model import Outcome, Skipped
-from kalamdb.jobs.registry import JobExecutor
-from kalamdb.storage.jobs import OnInterrupt
 
 
 class StreamEvictionParams(msgspec.Struct, frozen=True):
@@ -18,13 +17,12 @@ class StreamEvictionParams(msgspec.Struct, frozen=True):
     table_id: str | None = None
 
 
-class StreamEvictionExecutor(JobExecutor[StreamEvictionParams]):
+class StreamEvictionExecutor(MaintenanceExecutor[StreamEvictionParams]):
     """Removes expired buckets of streams, each by one range delete."""
 
     job_type = "stream_eviction"
     prefix = "SE"
     Params = StreamEvictionParams
-    on_interrupt = OnInterrupt.REQUEUE
 
     def idempotency_key(self, params: StreamEvictionParams, table_uid: int | None) -> str | None:
         return f"evict:{table_uid if table_uid is not None else params.table_id or 'all'}"

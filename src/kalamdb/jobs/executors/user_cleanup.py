@@ -8,9 +8,8 @@ import msgspec
 
 from kalamdb.errors import TransactionConflict
 from kalamdb.jobs.context import JobContext
+from kalamdb.jobs.executors.maintenance import MaintenanceExecutor
 from kalamdb.jobs.model import Outcome, Skipped, Snooze
-from kalamdb.jobs.registry import JobExecutor
-from kalamdb.storage.jobs import OnInterrupt
 
 _BUSY_S = 1.0
 
@@ -21,13 +20,12 @@ class UserCleanupParams(msgspec.Struct, frozen=True):
     user_id: Annotated[str, msgspec.Meta(min_length=1)] | None = None
 
 
-class UserCleanupExecutor(JobExecutor[UserCleanupParams]):
+class UserCleanupExecutor(MaintenanceExecutor[UserCleanupParams]):
     """Erases users: rows of USER and STREAM tables in both tiers, then the record."""
 
     job_type = "user_cleanup"
     prefix = "UC"
     Params = UserCleanupParams
-    on_interrupt = OnInterrupt.REQUEUE
 
     def idempotency_key(self, params: UserCleanupParams, table_uid: int | None) -> str | None:
         return "erase" if params.user_id is None else f"erase:{params.user_id}"
