@@ -23,6 +23,7 @@ from kalamdb.jobs.executors.user_cleanup import UserCleanupExecutor
 from kalamdb.jobs.log import JobLogFile
 from kalamdb.jobs.manager import JobRequest
 from kalamdb.jobs.scheduler import Schedulers
+from kalamdb.jobs.schedules import JobSchedules
 from kalamdb.jobs.settings import JobSettings
 from kalamdb.schema import TableDef
 from kalamdb.service import Loop
@@ -30,8 +31,9 @@ from kalamdb.sql.admin import Admin
 from kalamdb.sql.engine import Engine, EngineLimits
 from kalamdb.sql.query import Reader
 from kalamdb.sql.rows import Rows
+from kalamdb.sql.schedules import ScheduleAdmin
 from kalamdb.sql.session import Session
-from kalamdb.sql.statements import JobVerb
+from kalamdb.sql.statements import JobVerb, ScheduleStatement, UserStatement
 from kalamdb.sql.tokens import SqlLimits
 from kalamdb.sql.users import UserAdmin
 from kalamdb.storage import StorageBackend
@@ -100,6 +102,9 @@ class AppContext:
             )
             self.job_registry = self._registry()
             self._job_manager = self._make_jobs(path)
+            self.schedules = JobSchedules(
+                self.backend, self._job_manager, self.clock, misfire_grace_s=settings["jobs.misfire_grace_s"]
+            )
             self.system_tables = self._system(root)
             self.session = self._make_session()
             self.schedulers = Schedulers(
@@ -192,6 +197,7 @@ class AppContext:
                 stats=self._stats,
                 job_queues=lambda: self._job_manager.queues.table_rows(),
                 job_executors=lambda: map(_executor_row, self.job_registry.executors()),
+                job_schedules=self.schedules.table_rows,
                 segments_directory=str(root),
             )
         )
@@ -241,10 +247,13 @@ class AppContext:
         rows = Rows(self.store, reader, self.clock)
         jobs = _SqlJobs(self)
         admin = Admin(self.store, self.catalog, reader, self.system_tables, jobs, self.clock)
-        users = UserAdmin(self.users, jobs.erase_insert)
         self.rows = rows
         return Session(
-            self.store, reader, rows, admin, users, self.clock,
+            self.store, reader, rows, admin, self.clock,
+            runners={
+                UserStatement: UserAdmin(self.users, jobs.erase_insert),
+                ScheduleStatement: ScheduleAdmin(self.schedules),
+            },
             limits=SqlLimits(
                 bytes_max=s["limits.sql_bytes_max"], tokens_max=s["limits.sql_tokens_max"],
                 depth_max=s["limits.sql_depth_max"], set_operands_max=s["limits.sql_set_operands_max"],
@@ -267,6 +276,7 @@ class AppContext:
         self._remover.start()
         self._job_manager.run_loop(self.settings["jobs.max_concurrent"])
         self.schedulers.start()
+        self.schedules.start(running=self.settings["jobs.schedules_enabled"])
 
     def stop(self) -> None:
         """End the background work, then release the store and the directory. Idempotent, also after fork()."""
@@ -285,6 +295,7 @@ class AppContext:
             stack.callback(self._remover.stop)
             stack.callback(self._job_manager.stop)
             stack.callback(self.schedulers.stop)
+            stack.callback(self.schedules.stop)
 
 
 def _executor_row(executor: JobExecutor[Any]) -> Sequence[Any]:
@@ -297,7 +308,7 @@ def _executor_row(executor: JobExecutor[Any]) -> Sequence[Any]:
         executor.max_retries,
         executor.timeout_s,
         executor.on_interrupt.value,
-        None,
+        None if executor.schedule is None else str(executor.schedule),
         executor.schema(),
     )
 

@@ -22,7 +22,8 @@ class Loop:
     def __init__(self, name: str, step: Callable[[], bool], interval_s: float, clock: Clock) -> None:
         self.name = name
         self._step = step
-        self._interval_s = interval_s
+        self.interval_s = interval_s
+        """A step may change it."""
         self._clock = clock
         self._wake = threading.Event()
         self._stopping = False
@@ -54,12 +55,12 @@ class Loop:
 
     def _run(self) -> None:
         while not self._stopping:
-            pause_s = self._interval_s
+            pause_s = self.interval_s
             self._wake.clear()
             try:
                 if self._step():
                     continue
             except Exception:
                 _log.exception("a pass of '%s' failed; it goes on", self.name)
-                pause_s = max(_BACK_OFF_S, self._interval_s)
+                pause_s = max(_BACK_OFF_S, self.interval_s)
             self._clock.wait(self._wake, pause_s)

@@ -2,12 +2,25 @@
 
 from kalamdb.jobs.context import JobContext
 from kalamdb.jobs.manager import JobRequest, UnifiedJobManager
-from kalamdb.jobs.model import Completed, InterruptReason, Job, JobInterrupted, Permanent, Retry, Skipped, Snooze
+from kalamdb.jobs.model import (
+    Completed,
+    Cron,
+    Every,
+    InterruptReason,
+    Job,
+    JobInterrupted,
+    Permanent,
+    Retry,
+    Skipped,
+    Snooze,
+)
 from kalamdb.jobs.registry import JobExecutor, JobRegistry
 from kalamdb.storage.jobs import JobStatus, RetryPolicy
 
 __all__ = [
     "Completed",
+    "Cron",
+    "Every",
     "InterruptReason",
     "Job",
     "JobContext",

@@ -24,7 +24,7 @@ from kalamdb.errors import (
 from kalamdb.jobs.endings import Endings
 from kalamdb.jobs.explain import Reason, explain
 from kalamdb.jobs.log import JobLogFile
-from kalamdb.jobs.model import Job, JobIds
+from kalamdb.jobs.model import Cron, Every, Job, JobIds
 from kalamdb.jobs.queues import JobQueues, QueueRow, check_queue_name
 from kalamdb.jobs.registry import JobExecutor, JobRegistry, check_job_type, executor_of
 from kalamdb.jobs.runner import Runner
@@ -117,7 +117,7 @@ class UnifiedJobManager:
         endings = Endings(clock, settings)
         self.runner = Runner(backend, registry, self.queues, clock, settings, endings, self.create_job)
         self._history = Loop("job-history", self.purge_history, _PURGE_INTERVAL_S, clock)
-        registry.on_register = self.runner.wake
+        registry.on_register.append(self.runner.wake)
         backend.observe(self._on_commit)
 
     def _on_commit(self, batch: Batch, commit: Commit) -> None:
@@ -286,6 +286,7 @@ class UnifiedJobManager:
         queue: str = "default",
         priority: int = 0,
         concurrency_key: str | None = None,
+        schedule: Every | Cron | None = None,
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """Decorator that registers a function as the executor of a job type; see `executor_of`."""
 
@@ -294,6 +295,7 @@ class UnifiedJobManager:
                 executor_of(
                     function, job_type, prefix=prefix, retry=retry, max_retries=max_retries, timeout_s=timeout_s,
                     on_interrupt=on_interrupt, queue=queue, priority=priority, concurrency_key=concurrency_key,
+                    schedule=schedule,
                 )
             )  # fmt: skip
             return function

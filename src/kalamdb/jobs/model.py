@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+from cronsim import CronSim, CronSimError
 
 from kalamdb.clock import Clock
+from kalamdb.errors import InvalidRequest
 from kalamdb.storage.jobs import JobAttempt, JobEvent, JobRow, JobStatus, JobStore
 
 _ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 _TIME_DIGITS, _COUNT_DIGITS = 7, 3
 _COUNT_MAX = 62**_COUNT_DIGITS
 _EVENTS_MAX = 1_000_000
+_EVERY_S_MIN, _EVERY_S_MAX = 0.1, 366 * 86_400.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +51,48 @@ class Snooze:
     """Run again in `after_s` seconds; uses no retry."""
 
     after_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Every:
+    """Comes back each `seconds` (0.1 to a year), with `params`. Raises InvalidRequest for other spans."""
+
+    seconds: float
+    params: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not _EVERY_S_MIN <= self.seconds <= _EVERY_S_MAX:
+            raise InvalidRequest(f"every {self.seconds:g} s: {_EVERY_S_MIN:g} to {_EVERY_S_MAX:g} s are allowed")
+
+    def __str__(self) -> str:
+        return f"every {self.seconds:g} s"
+
+
+@dataclass(frozen=True, slots=True)
+class Cron:
+    """Comes back as a cron expression of five fields says in a time zone, with `params`.
+
+    Raises InvalidRequest for an expression that is not one or never due, and for an unknown zone.
+    """
+
+    expression: str
+    time_zone: str = "UTC"
+    params: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        try:
+            zone = ZoneInfo(self.time_zone)
+        except (ZoneInfoNotFoundError, ValueError, OSError):
+            raise InvalidRequest(f"time zone '{self.time_zone}' is not known") from None
+        try:
+            next(CronSim(self.expression, datetime.fromtimestamp(0, zone)))
+        except CronSimError as exc:
+            raise InvalidRequest(f"cron expression '{self.expression}': {str(exc).lower()}") from None
+        except StopIteration:
+            raise InvalidRequest(f"cron expression '{self.expression}' is never due") from None
+
+    def __str__(self) -> str:
+        return f"{self.expression} {self.time_zone}"
 
 
 Outcome = Completed | Skipped | Retry | Snooze | None

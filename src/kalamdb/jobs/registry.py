@@ -13,8 +13,8 @@ from typing import Any, ClassVar, Generic, TypeVar, cast, get_args, get_origin, 
 import msgspec
 
 from kalamdb.errors import InvalidRequest, NotFound
-from kalamdb.jobs.context import JobContext
-from kalamdb.jobs.model import Outcome
+from kalamdb.jobs.context import JobContext, JobServices
+from kalamdb.jobs.model import Cron, Every, Outcome
 from kalamdb.jobs.queues import check_queue_name
 from kalamdb.storage.jobs import OnInterrupt, RetryPolicy
 
@@ -45,6 +45,9 @@ class JobExecutor(Generic[Params]):
     priority: ClassVar[int] = 0
     """Higher runs first; a point is worth a minute of waiting."""
 
+    schedule: ClassVar[Every | Cron | None] = None
+    """Jobs that come back by themselves: a schedule of the name of the job type, made when there is none."""
+
     @property
     def is_async(self) -> bool:
         """Whether `execute` is a coroutine function, which runs on the loop of async jobs."""
@@ -54,8 +57,8 @@ class JobExecutor(Generic[Params]):
         """Do the work of one attempt."""
         raise InvalidRequest(f"executor '{self.job_type}' has no execute method")
 
-    def pre_validate(self, params: Params) -> str | None:
-        """Why no job is needed, None when one is. Asked by SQL statements and schedules."""
+    def pre_validate(self, params: Params, services: JobServices | None) -> str | None:
+        """Why no job is needed, None when one is. Asked by schedules; `services` is the database."""
         return None
 
     def idempotency_key(self, params: Params, table_uid: int | None) -> str | None:
@@ -125,6 +128,7 @@ def executor_of(
     queue: str = "default",
     priority: int = 0,
     concurrency_key: str | None = None,
+    schedule: Every | Cron | None = None,
 ) -> JobExecutor[Any]:
     """An executor over `function(ctx)`; the annotation JobContext[Params] gives the parameter type."""
     try:
@@ -141,6 +145,7 @@ def executor_of(
         "on_interrupt": interrupt,
         "queue": queue,
         "priority": priority,
+        "schedule": schedule,
         "__doc__": function.__doc__,
     }
     kind = types.new_class(f"{job_type}_executor", (_FunctionExecutor,), exec_body=lambda space: space.update(body))
@@ -176,8 +181,8 @@ class JobRegistry:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._by_type: dict[str, JobExecutor[Any]] = {}
-        self.on_register: Callable[[], None] = lambda: None
-        """Called after each registration; set by the manager, whose waiting jobs may run now."""
+        self.on_register: list[Callable[[], None]] = []
+        """Called after each registration: waiting jobs may run now, a schedule may begin."""
 
     def register(self, executor: JobExecutor[Any]) -> None:
         """Add an executor. Raises InvalidRequest for a bad or taken type or prefix."""
@@ -199,7 +204,8 @@ class JobRegistry:
                 if known.prefix == prefix:
                     raise InvalidRequest(f"prefix '{prefix}' of job type '{job_type}' belongs to '{known.job_type}'")
             self._by_type[job_type] = executor
-        self.on_register()
+        for told in self.on_register:
+            told()
 
     def get(self, job_type: str) -> JobExecutor[Any] | None:
         """The executor of a type."""

@@ -67,7 +67,7 @@ def required_role(statement: st.Statement) -> Role:
     match statement:
         case st.CreateNamespace() | st.DropNamespace() | st.AlterNamespace() | st.CreateView() | st.DropView():
             return Role.DBA
-        case st.DropTable() | st.TruncateTable() | st.SetOption() | st.UserStatement():
+        case st.DropTable() | st.TruncateTable() | st.SetOption() | st.UserStatement() | st.ScheduleStatement():
             return Role.DBA
         case st.ControlJob() | st.ControlQueue() | st.ExplainJob() | st.CreateJob():
             return Role.DBA

@@ -10,6 +10,7 @@ from kalamdb.sql.analyse import analyse_select, find_lookup, referenced_tables
 from kalamdb.sql.cursor import Cursor
 from kalamdb.sql.parse_jobs import parse_call, parse_control, parse_job_id
 from kalamdb.sql.parse_table import parse_alter_table, parse_create_table, parse_options
+from kalamdb.sql.schedules import parse_schedule_statement
 from kalamdb.sql.tokens import (
     SqlLimits,
     Token,
@@ -25,6 +26,7 @@ from kalamdb.types import TableKind
 
 _KINDS = {"USER": TableKind.USER, "SHARED": TableKind.SHARED, "STREAM": TableKind.STREAM}
 _USER_VERBS = frozenset(st.UserVerb)
+_SCHEDULE_VERBS = frozenset(st.ScheduleVerb)
 _QUERY_WORDS = frozenset({"SELECT", "WITH", "VALUES", "(", "FROM", "TABLE"})
 
 
@@ -52,6 +54,8 @@ def _parse_one(text: str, tokens: Sequence[Token]) -> st.Statement:
     word = tokens[0].upper or tokens[0].text
     if word in _USER_VERBS and cursor.peek(word, "USER") and not cursor.peek(word, "USER", "TABLE"):
         return parse_user_statement(cursor)
+    if word in _SCHEDULE_VERBS and cursor.peek(word, "SCHEDULE"):
+        return parse_schedule_statement(cursor)
     handler = _HANDLERS.get(word)
     if handler is None:
         raise InvalidRequest(f"'{tokens[0].text[:60]}' does not begin a statement that KalamDB knows")

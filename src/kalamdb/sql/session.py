@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from threading import Lock
-from typing import assert_never
+from typing import Any, Protocol, assert_never
 
 from kalamdb.clock import Clock
 from kalamdb.errors import Conflict, InvalidRequest, KalamDbError
@@ -19,12 +20,19 @@ from kalamdb.sql.parse import parse
 from kalamdb.sql.query import Reader
 from kalamdb.sql.rows import Rows
 from kalamdb.sql.tokens import SqlLimits
-from kalamdb.sql.users import UserAdmin
 from kalamdb.tables.store import TableStore
 from kalamdb.tables.transaction import Transaction
 
 _CACHED_TEXT_MAX = 10_000
 """Longer texts are not worth keeping: they hold their values."""
+
+
+class StatementRunner(Protocol):
+    """Runs one kind of statement for callers."""
+
+    def run(self, statement: Any, caller: Caller) -> Result:
+        """Run one statement; the role of the caller was checked."""
+        ...
 
 
 class Session:
@@ -36,9 +44,9 @@ class Session:
         reader: Reader,
         rows: Rows,
         admin: Admin,
-        users: UserAdmin,
         clock: Clock,
         *,
+        runners: Mapping[type[st.Statement], StatementRunner],
         limits: SqlLimits,
         cache_entries_max: int,
         transaction_timeout_s: float,
@@ -48,7 +56,7 @@ class Session:
         self._reader = reader
         self._rows = rows
         self._admin = admin
-        self._users = users
+        self._runners = runners
         self._clock = clock
         self._limits = limits
         self._cache: OrderedDict[str, list[st.Statement]] = OrderedDict()
@@ -169,8 +177,6 @@ class Session:
                 return self._rows.update(statement, caller, transaction)
             case st.Delete():
                 return self._rows.delete(statement, caller, transaction)
-            case st.UserStatement() if transaction is None:
-                return self._users.run(statement, caller)
             case st.Show() | st.ExplainJob():
                 return self._admin.run(statement, caller)
             case st.CreateJob() if transaction is not None:
@@ -180,4 +186,4 @@ class Session:
                 if transaction is not None:
                     words = " ".join(statement.sql.split()[:2]).upper()
                     raise InvalidRequest(f"{words} cannot stand inside a transaction; COMMIT first")
-                return self._admin.run(statement, caller)
+                return self._runners.get(type(statement), self._admin).run(statement, caller)

@@ -362,3 +362,26 @@ class UserStatement(Statement):
     name: str
     clauses: dict[UserClause, Expr]
     if_exists: bool
+
+
+# Schedules
+
+
+class ScheduleVerb(StrEnum):
+    """What is done to a schedule."""
+
+    CREATE = "CREATE"
+    ALTER = "ALTER"
+    DROP = "DROP"
+    RUN = "RUN"
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduleStatement(Statement):
+    """CREATE, ALTER, DROP or RUN SCHEDULE. `changes` are fields of the schedule."""
+
+    verb: ScheduleVerb
+    name: str
+    changes: dict[str, Expr]
+    guard: bool
+    """IF [NOT] EXISTS."""

@@ -113,6 +113,8 @@ class SystemSources:
     """Rows of system.job_queues."""
     job_executors: Callable[[], Rows] = tuple
     """Rows of system.job_executors."""
+    job_schedules: Callable[[], Rows] = tuple
+    """Rows of system.job_schedules."""
 
 
 class SystemTablesRegistry:
@@ -123,7 +125,7 @@ class SystemTablesRegistry:
         self._tables: dict[TableId, SystemTable] = {}
         own = [
             *catalog_tables(sources.catalog, self.tables, sources.segments_directory),
-            *job_tables(sources.jobs, sources.job_queues, sources.job_executors),
+            *job_tables(sources.jobs, sources.job_queues, sources.job_executors, sources.job_schedules),
             *standard_tables(sources.catalog, self.tables),
             SystemTable(TableId(SYSTEM, "manifest"), _MANIFEST, lambda _: map(_manifest_row, sources.manifests())),
             SystemTable(TableId(SYSTEM, "settings"), _SETTINGS, lambda _: map(_setting_row, sources.settings())),

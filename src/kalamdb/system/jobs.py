@@ -29,15 +29,23 @@ _JOB_EXECUTORS: Final = columns_of(
     "job_type T, prefix T, queue T, priority INT, max_retries INT?, timeout_s DOUBLE?, on_interrupt T, schedule T?, "
     "parameters_schema JSON"
 )
+_JOB_SCHEDULES: Final = columns_of(
+    "schedule_name T, job_type T, parameters JSON, cron T?, interval_s DOUBLE?, time_zone T, misfire T, "
+    "catch_up_max INT, queue T?, priority INT?, paused BOOL, declared BOOL, next_run_at TS?, last_run_at TS?, "
+    "last_job_id T?, last_skipped T?, created_by T, created_at TS, updated_at TS"
+)
 _EVENTS_MAX: Final = 1_000_000
 
 
-def job_tables(jobs: JobStore, queues: Callable[[], Rows], executors: Callable[[], Rows]) -> list[SystemTable]:
-    """jobs, job_events, job_attempts, job_queues, job_executors."""
+def job_tables(
+    jobs: JobStore, queues: Callable[[], Rows], executors: Callable[[], Rows], schedules: Callable[[], Rows]
+) -> list[SystemTable]:
+    """jobs, job_events, job_attempts, job_queues, job_executors, job_schedules."""
     return [
         SystemTable(TableId(SYSTEM, "job_attempts"), _JOB_ATTEMPTS, lambda filters: _attempt_rows(jobs, filters)),
         SystemTable(TableId(SYSTEM, "job_queues"), _JOB_QUEUES, lambda _: queues()),
         SystemTable(TableId(SYSTEM, "job_executors"), _JOB_EXECUTORS, lambda _: executors()),
+        SystemTable(TableId(SYSTEM, "job_schedules"), _JOB_SCHEDULES, lambda _: schedules()),
         SystemTable(TableId(SYSTEM, "jobs"), _JOBS, lambda filters: map(_job_row, _chosen(jobs, filters))),
         SystemTable(TableId(SYSTEM, "job_events"), _JOB_EVENTS, lambda filters: _event_rows(jobs, filters)),
     ]

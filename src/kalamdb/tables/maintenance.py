@@ -8,7 +8,7 @@ from kalamdb.schema import FlushPolicy
 from kalamdb.tables.compact import CompactReport, compact_table, needs_compaction
 from kalamdb.tables.erase import EraseReport, erase_users
 from kalamdb.tables.flush import FlushReport, JobHandle, Message, flush_table
-from kalamdb.tables.retention import EvictionReport, RetentionReport, evict_streams, retain_tables
+from kalamdb.tables.retention import EvictionReport, RetentionReport, evict_streams, expired_buckets, retain_tables
 from kalamdb.tables.store import TableStore
 from kalamdb.tables.sweep import CleanupReport, drop_leftovers, dropped_tables, sweep
 from kalamdb.types import TableId, TableKind, TableUid
@@ -66,9 +66,20 @@ class Maintenance:
 
     def erase_users(self, user_id: str | None, job: JobHandle, message: Message) -> EraseReport | None:
         """Erase one user, or all that were dropped longer than the grace time ago; None when there is none."""
-        due = self._store.backend.now_ms() - self._grace_ms
-        user_ids = [user_id] if user_id is not None else self._users.dropped_before(due)
+        user_ids = [user_id] if user_id is not None else self._due_users()
         return erase_users(self._store, self._users, user_ids, job, message) if user_ids else None
+
+    def has_users_to_erase(self) -> bool:
+        """Whether a user was dropped longer than the grace time ago."""
+        return bool(self._due_users())
+
+    def _due_users(self) -> list[str]:
+        return self._users.dropped_before(self._store.backend.now_ms() - self._grace_ms)
+
+    def has_expired_streams(self) -> bool:
+        """Whether a stream has a bucket whose rows have all expired."""
+        streams = (one for one in self._store.catalog.tables() if one.definition.kind is TableKind.STREAM)
+        return any(expired_buckets(self._store, entry) for entry in streams)
 
     def resolve(self, table_id: str) -> int | None:
         """The uid of the live table "namespace.table"; None when there is none."""

@@ -8,7 +8,7 @@ import msgspec
 
 from kalamdb.jobs.context import JobContext
 from kalamdb.jobs.executors.maintenance import MaintenanceExecutor
-from kalamdb.jobs.model import Outcome, Skipped, counted, size
+from kalamdb.jobs.model import Cron, Outcome, Skipped, counted, size
 
 
 class CleanupParams(msgspec.Struct, frozen=True):
@@ -25,6 +25,7 @@ class CleanupExecutor(MaintenanceExecutor[CleanupParams]):
     job_type = "cleanup"
     prefix = "CL"
     Params = CleanupParams
+    schedule = Cron("0 3 * * *", params={"operation": "sweep"})
 
     def idempotency_key(self, params: CleanupParams, table_uid: int | None) -> str | None:
         return f"sweep:{params.table_id or 'all'}" if params.operation == "sweep" else f"drop:{table_uid}"

@@ -9,7 +9,7 @@ import msgspec
 from kalamdb.errors import TransactionConflict
 from kalamdb.jobs.context import JobContext
 from kalamdb.jobs.executors.maintenance import MaintenanceExecutor
-from kalamdb.jobs.model import Outcome, Skipped, Snooze
+from kalamdb.jobs.model import Cron, Outcome, Skipped, Snooze
 
 _BUSY_S = 1.0
 
@@ -27,6 +27,7 @@ class RetentionExecutor(MaintenanceExecutor[RetentionParams]):
     job_type = "retention"
     prefix = "RT"
     Params = RetentionParams
+    schedule = Cron("30 2 * * *")
 
     def idempotency_key(self, params: RetentionParams, table_uid: int | None) -> str | None:
         return f"retention:{table_uid if table_uid is not None else params.table_id or 'all'}"

@@ -6,9 +6,9 @@ from typing import Any
 
 import msgspec
 
-from kalamdb.jobs.context import JobContext
+from kalamdb.jobs.context import JobContext, JobServices
 from kalamdb.jobs.executors.maintenance import MaintenanceExecutor
-from kalamdb.jobs.model import Outcome, Skipped
+from kalamdb.jobs.model import Every, Outcome, Skipped
 
 
 class StreamEvictionParams(msgspec.Struct, frozen=True):
@@ -23,9 +23,14 @@ class StreamEvictionExecutor(MaintenanceExecutor[StreamEvictionParams]):
     job_type = "stream_eviction"
     prefix = "SE"
     Params = StreamEvictionParams
+    schedule = Every(60)
 
     def idempotency_key(self, params: StreamEvictionParams, table_uid: int | None) -> str | None:
         return f"evict:{table_uid if table_uid is not None else params.table_id or 'all'}"
+
+    def pre_validate(self, params: StreamEvictionParams, services: JobServices | None) -> str | None:
+        due = services is None or services.maintenance.has_expired_streams()
+        return None if due else "no bucket of a stream has expired"
 
     def execute(self, ctx: JobContext[StreamEvictionParams]) -> Outcome:
         assert ctx.services is not None

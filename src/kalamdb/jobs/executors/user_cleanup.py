@@ -7,9 +7,9 @@ from typing import Annotated, Any
 import msgspec
 
 from kalamdb.errors import TransactionConflict
-from kalamdb.jobs.context import JobContext
+from kalamdb.jobs.context import JobContext, JobServices
 from kalamdb.jobs.executors.maintenance import MaintenanceExecutor
-from kalamdb.jobs.model import Outcome, Skipped, Snooze
+from kalamdb.jobs.model import Cron, Outcome, Skipped, Snooze
 
 _BUSY_S = 1.0
 
@@ -26,12 +26,17 @@ class UserCleanupExecutor(MaintenanceExecutor[UserCleanupParams]):
     job_type = "user_cleanup"
     prefix = "UC"
     Params = UserCleanupParams
+    schedule = Cron("0 2 * * *")
 
     def idempotency_key(self, params: UserCleanupParams, table_uid: int | None) -> str | None:
         return "erase" if params.user_id is None else f"erase:{params.user_id}"
 
     def concurrency_key(self, params: UserCleanupParams, table_uid: int | None) -> str | None:
         return "erase"
+
+    def pre_validate(self, params: UserCleanupParams, services: JobServices | None) -> str | None:
+        due = params.user_id is not None or services is None or services.maintenance.has_users_to_erase()
+        return None if due else "no dropped user is past the grace time"
 
     def execute(self, ctx: JobContext[UserCleanupParams]) -> Outcome:
         assert ctx.services is not None
