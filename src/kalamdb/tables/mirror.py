@@ -64,10 +64,22 @@ def manifest_json(entry: CatalogEntry, state: TableState) -> dict[str, Any]:
 
 
 def write_mirror(store: TableStore, entry: CatalogEntry) -> None:
-    """Replace the mirror of a table. A failure is logged: the next change writes it again."""
+    """Bring the mirror of a table up to date. A failure is logged: the next change writes it again."""
+    uid = entry.definition.uid
     path = table_folder(store.root, entry.definition) / MIRROR_NAME
-    body = msgspec.json.format(msgspec.json.encode(manifest_json(entry, store.state(entry.definition.uid))))
-    try:
-        store.files.replace(path, body)
-    except KalamDbError as exc:
-        store.log.warning("the mirror '%s' was not written: %s", path, exc)
+    # One at a time, with the state read inside: an older one never replaces a newer one, and of many that
+    # wait the first does the work of all.
+    with store.mirroring:
+        current, state = store.catalog.by_uid(uid), store.state(uid)
+        if current is None:
+            return
+        shown = (state.manifest_version, current.definition.version)
+        if store.mirrored.get(uid) == shown:
+            return
+        body = msgspec.json.format(msgspec.json.encode(manifest_json(current, state)))
+        try:
+            store.files.replace(path, body)
+        except KalamDbError as exc:
+            store.log.warning("the mirror '%s' was not written: %s", path, exc)
+            return
+        store.mirrored[uid] = shown

@@ -225,6 +225,9 @@ class TableStore:
         """Called when the hot tier is over its bound; set by the owner."""
         self.drafting: set[str] = set()
         """Segment ids that statements and jobs of this process are writing now."""
+        self.mirroring = threading.Lock()
+        self.mirrored: dict[TableUid, tuple[Seq, int]] = {}
+        """Manifest and schema version that a table's mirror shows; guarded by `mirroring`."""
         self.log = logging.getLogger("kalamdb.tables")
         self._states: dict[TableUid, TableState] = {}
         self._figures: dict[TableUid, HotFigures] = {}

@@ -1,0 +1,61 @@
+"""manifest.json, the mirror of a table's segments beside its files."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import kalamdb
+from tests.conftest import run_job
+
+SETTINGS = {"limits.batch_rows_max": 4, "flush.scheduler_enabled": False, "compaction.enabled": False}
+
+
+def mirror(path: Path) -> dict[str, Any]:
+    """The mirror of the only table."""
+    [found] = path.glob("gen-1/segments/*/*/*/manifest.json")
+    shown: dict[str, Any] = json.loads(found.read_text())
+    return shown
+
+
+def files(path: Path) -> set[str]:
+    """Names of the segment files."""
+    return {found.name for found in path.rglob("*.parquet")}
+
+
+def test_the_mirror_follows_large_statements_flushes_and_compactions(tmp_path: Path) -> None:
+    with kalamdb.connect(tmp_path, **SETTINGS) as db:
+        db.execute("CREATE SHARED TABLE t (id INT PRIMARY KEY)")
+        db.insert("t", [{"id": number} for number in range(10)])
+        assert [one["row_count"] for one in mirror(tmp_path)["segments"]] == [10]
+        db.execute("INSERT INTO t VALUES (100)")
+        run_job(db, "STORAGE FLUSH TABLE t")
+        assert sorted(one["row_count"] for one in mirror(tmp_path)["segments"]) == [1, 10]
+        run_job(db, "STORAGE COMPACT TABLE t")
+        assert {one["path"] for one in mirror(tmp_path)["segments"]} == files(tmp_path)
+        assert mirror(tmp_path)["schema"]["name"] == "t"
+
+
+def test_large_statements_of_many_threads_leave_the_mirror_of_the_last(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with kalamdb.connect(tmp_path, **SETTINGS) as db, caplog.at_level(logging.WARNING, "kalamdb"):
+        db.execute("CREATE SHARED TABLE t (id INT PRIMARY KEY)")
+
+        def load(first: int) -> None:
+            for at in range(first, first + 30, 10):
+                db.insert("t", [{"id": number} for number in range(at, at + 10)])
+
+        threads = [threading.Thread(target=load, args=(1000 * number,)) for number in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert db.execute("SELECT count(*) FROM t").scalar() == 180
+    assert [record.getMessage() for record in caplog.records] == []
+    assert {one["path"] for one in mirror(tmp_path)["segments"]} == files(tmp_path)
