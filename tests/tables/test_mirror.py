@@ -29,16 +29,20 @@ def files(path: Path) -> set[str]:
 
 
 def test_the_mirror_follows_large_statements_flushes_and_compactions(tmp_path: Path) -> None:
+    # A job has ended with its commit, and its last act, the mirror, is through when the database is closed.
     with kalamdb.connect(tmp_path, **SETTINGS) as db:
         db.execute("CREATE SHARED TABLE t (id INT PRIMARY KEY)")
         db.insert("t", [{"id": number} for number in range(10)])
         assert [one["row_count"] for one in mirror(tmp_path)["segments"]] == [10]
+    with kalamdb.connect(tmp_path, **SETTINGS) as db:
         db.execute("INSERT INTO t VALUES (100)")
         run_job(db, "STORAGE FLUSH TABLE t")
-        assert sorted(one["row_count"] for one in mirror(tmp_path)["segments"]) == [1, 10]
+    assert sorted(one["row_count"] for one in mirror(tmp_path)["segments"]) == [1, 10]
+    with kalamdb.connect(tmp_path, **SETTINGS) as db:
         run_job(db, "STORAGE COMPACT TABLE t")
-        assert {one["path"] for one in mirror(tmp_path)["segments"]} == files(tmp_path)
-        assert mirror(tmp_path)["schema"]["name"] == "t"
+    assert [one["row_count"] for one in mirror(tmp_path)["segments"]] == [11]
+    assert {one["path"] for one in mirror(tmp_path)["segments"]} == files(tmp_path)
+    assert mirror(tmp_path)["schema"]["name"] == "t"
 
 
 def test_large_statements_of_many_threads_leave_the_mirror_of_the_last(
