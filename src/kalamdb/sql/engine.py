@@ -1,9 +1,9 @@
 """The SQL engine: the only place that knows DataFusion.
 
-Every query gets a context of its own that holds only the tables its caller may see, each as a view
-over a `ScanPlan`. What hides rows (other scopes, deletions, marks) lies below a limit that the
-optimizer cannot push the caller's expressions through, so none of them is ever evaluated on a row
-that the caller must not see.
+Every query is planned in a context that holds only the tables its caller may see, each as a view over
+a `ScanPlan`, and nothing of any other query. What hides rows (other scopes, deletions, marks) lies
+below a limit that the optimizer cannot push the caller's expressions through, so none of them is ever
+evaluated on a row that the caller must not see.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-from datafusion import DataFrame, RuntimeEnvBuilder, SessionConfig, SessionContext, SQLOptions, col, lit
+from datafusion import DataFrame, Expr, RuntimeEnvBuilder, SessionConfig, SessionContext, SQLOptions, col, lit
 
 from kalamdb.errors import Closed, InvalidRequest, KalamDbError, LimitExceeded, Timeout
 from kalamdb.sql.functions import register_functions
@@ -26,6 +27,9 @@ CATALOG = "kalam"
 DELETED = "_deleted"
 _BARRIER = 1 << 62
 """A limit that never limits; the optimizer moves no filter below a limit."""
+_IDLE_CONTEXTS_MAX = 8
+_FOOTER_CACHE_LIMIT = "16M"
+"""Per idle context."""
 _MARK_KEY, _MARK_SEQ = "_mark_key", "_mark_seq"
 _NOISE = re.compile(
     r"^(DataFusion error: |Exception: |Error during planning: |Optimizer rule '[^']*' failed\s*|caused by\s*|"
@@ -87,6 +91,15 @@ class QueryRun:
         return pa.Table.from_batches(batches, self.schema)
 
 
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """What a query says and reads."""
+
+    sql: str
+    sources: Sequence[TableSource]
+    views: Mapping[tuple[str, str], str]
+
+
 class Engine:
     """Makes contexts and runs queries. Thread-safe."""
 
@@ -94,6 +107,8 @@ class Engine:
         self._limits = limits
         self._runtime = RuntimeEnvBuilder().with_disk_manager_os().with_fair_spill_pool(limits.memory_bytes_max)
         self._lock = threading.Lock()
+        self._idle: list[tuple[str, SessionContext]] = []
+        """(default schema, context), the one used last first."""
 
     def query(
         self,
@@ -110,29 +125,46 @@ class Engine:
         `deadline` and `cancelled` are asked between batches. Raises InvalidRequest for what the engine
         refuses, LimitExceeded when memory does not suffice.
         """
+        plan = _Request(sql, sources, views or {})
         try:
             try:
-                stream, schema = self._start(sql, sources, views or {}, self._context(default_schema))
+                with self._borrowed(default_schema) as context:
+                    stream, schema = self._start(plan, context)
             except Exception as exc:  # noqa: BLE001 - DataFusion raises bare Exception
                 if not _is_refused_sort(exc):
                     raise
-                context = self._context(default_schema, parallel_sorts=False)
-                stream, schema = self._start(sql, sources, views or {}, context)
+                stream, schema = self._start(plan, self._context(default_schema, parallel_sorts=False))
         except KalamDbError:
             raise
         except Exception as exc:  # noqa: BLE001 - DataFusion raises bare Exception
             raise translate(exc) from exc
         return QueryRun(schema, _batches(stream, schema, deadline, cancelled))
 
-    def _start(
-        self, sql: str, sources: Sequence[TableSource], views: Mapping[tuple[str, str], str], context: SessionContext
-    ) -> tuple[Any, pa.Schema]:
-        for source in sources:
+    @contextmanager
+    def _borrowed(self, default_schema: str) -> Iterator[SessionContext]:
+        """A context without tables for one query's planning; a running query does not need it any more.
+
+        Used again because it keeps the footers of Parquet files. One that saw an error is not.
+        """
+        with self._lock:
+            at = next((at for at, (name, _) in enumerate(self._idle) if name == default_schema), None)
+            context = self._context(default_schema) if at is None else self._idle.pop(at)[1]
+        yield context
+        catalog = context.catalog(CATALOG)
+        for name in catalog.names():
+            catalog.deregister_schema(name)
+        self._schema(context, default_schema)
+        with self._lock:
+            self._idle.insert(0, (default_schema, context))
+            del self._idle[_IDLE_CONTEXTS_MAX:]
+
+    def _start(self, request: _Request, context: SessionContext) -> tuple[Any, pa.Schema]:
+        for source in request.sources:
             self._register(context, source)
-        for (namespace, name), text in views.items():
+        for (namespace, name), text in request.views.items():
             frame = context.sql_with_options(text, _READ_ONLY)
             self._schema(context, namespace).register_table(name, frame.into_view())
-        frame = context.sql_with_options(sql, _READ_ONLY)
+        frame = context.sql_with_options(request.sql, _READ_ONLY)
         return frame.execute_stream(), frame.schema()
 
     def _context(self, default_schema: str, *, parallel_sorts: bool = True) -> SessionContext:
@@ -148,6 +180,7 @@ class Engine:
             .set("datafusion.sql_parser.map_string_types_to_utf8view", "false")
         )
         context = SessionContext(config, self._runtime)
+        context.sql(f"SET datafusion.runtime.metadata_cache_limit = '{_FOOTER_CACHE_LIMIT}'")
         register_functions(context)
         return context
 
@@ -162,12 +195,14 @@ class Engine:
     def _register(self, context: SessionContext, source: TableSource) -> None:
         plan = source.plan
         if isinstance(plan, pa.Table):
-            frame = context.create_dataframe([plan.to_batches() or [_empty(plan.schema)]])
+            frame = context.read_batches(plan.to_batches() or [_empty(plan.schema)])
         else:
             frame = plan_frame(context, plan, source)
         self._schema(context, source.namespace).register_table(source.name, frame.into_view())
 
 
+_ZERO, _ONE, _TWO = (lit(pa.scalar(number, pa.int64())) for number in range(3))
+"""From Arrow scalars: `lit` of a Python value looks for two modules that are not there, each time."""
 _READ_ONLY = SQLOptions().with_allow_ddl(False).with_allow_dml(False).with_allow_statements(False)
 
 
@@ -180,11 +215,11 @@ def plan_frame(context: SessionContext, plan: ScanPlan, source: TableSource) -> 
     marks = None
     if plan.marks is not None and any(part.has_hidden for part in plan.parts):
         renamed = plan.marks.rename_columns([_MARK_KEY, _MARK_SEQ])
-        marks = context.create_dataframe([renamed.to_batches() or [_empty(renamed.schema)]])
+        marks = context.read_batches(renamed.to_batches() or [_empty(renamed.schema)])
     frames = [_part_frame(context, plan, part, marks, source) for part in plan.parts]
     if not frames:
         schema = _target_schema(plan, source)
-        return context.create_dataframe([[_empty(schema)]])
+        return context.read_batch(_empty(schema))
     whole = frames[0]
     for frame in frames[1:]:
         whole = whole.union(frame)
@@ -213,23 +248,21 @@ def _part_frame(
     if isinstance(part, FilePart):
         frame = context.read_parquet(part.path, schema=part.schema, skip_metadata=True)
         if part.key_start is not None:
-            frame = frame.filter(col(KEY) >= lit(part.key_start))
+            frame = frame.filter(col(KEY) >= lit(pa.scalar(part.key_start)))
             if part.key_end is not None:
-                frame = frame.filter(col(KEY) < lit(part.key_end))
+                frame = frame.filter(col(KEY) < lit(pa.scalar(part.key_end)))
             guarded = not part.single_scope
         base = part.seq_base
     else:
         batches = [batch for batch in part.batches if batch.num_rows] or [_empty(part.schema)]
-        frame = context.create_dataframe([batches])
+        frame = context.read_batches(batches)
         base = 0
-    seq = col(SEQ) + lit(base) if base else col(SEQ)
     if part.has_tombstones and not source.include_deleted:
-        frame = frame.filter((col(FLAGS) % lit(2)) == lit(0))
+        frame = frame.filter((col(FLAGS) % _TWO) == _ZERO)
         guarded = True
     if marks is not None and part.has_hidden:
         if base:
-            frame = frame.with_column(SEQ, seq)
-            seq = col(SEQ)
+            frame, base = frame.with_column(SEQ, _seq(base)), 0
         frame = frame.join_on(marks, col(KEY) == col(_MARK_KEY), col(SEQ) < col(_MARK_SEQ), how="anti")
         guarded = True
     if guarded:
@@ -247,10 +280,14 @@ def _part_frame(
     if source.with_key:
         chosen.append(col(KEY))
     if source.with_seq:
-        chosen.append(seq.alias(SEQ))
+        chosen.append(_seq(base).alias(SEQ))
     if source.with_deleted:
-        chosen.append(((col(FLAGS) % lit(2)) == lit(1)).alias(DELETED))
+        chosen.append(((col(FLAGS) % _TWO) == _ONE).alias(DELETED))
     return frame.select(*chosen)
+
+
+def _seq(base: int) -> Expr:
+    return col(SEQ) + lit(pa.scalar(base, pa.int64())) if base else col(SEQ)
 
 
 def _texts(metadata: Mapping[bytes, bytes]) -> dict[str, str]:
