@@ -36,7 +36,13 @@ check: $(STAMP) ## format, lint, types, import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+bench: $(STAMP) ## measure speed, some minutes
+	$(BIN)/python -m bench
+
+bench-quick: $(STAMP) ## measure speed, in 90 seconds
+	$(BIN)/python -m bench --quick
+
 clean: ## remove what the targets made
 	rm -rf .venv build dist demo-data .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 
-.PHONY: help demo test test-long soak check clean
+.PHONY: help demo test test-long soak check bench bench-quick clean

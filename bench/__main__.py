@@ -1,0 +1,34 @@
+"""`python -m bench [--quick]`: measure and print. Ends with 1 when a goal is missed."""
+
+from __future__ import annotations
+
+import sys
+from itertools import chain
+
+from bench.harness import console, machine, show
+from bench.rows import inserts, jobs
+from bench.scans import compare
+
+
+def main(quick: bool) -> int:
+    console.rule(f"KalamDB on {machine()}")
+    scale = 1 if quick else 10
+    goals = show(
+        f"100,000 hot and {scale},000,000 cold rows, append-only; peer: DataFusion on the same Parquet files and "
+        "an in-memory batch; median of 15, interleaved",
+        chain(compare("SHARED", scale * 1_000_000, 100_000), compare("USER", scale * 1_000_000, 100_000)),
+    )
+    hot = 50_000 if quick else 200_000
+    show(
+        "Rows; a ratio over 1 means that we are faster",
+        chain(
+            inserts("commit", hot=hot, large=200_000 * scale, single=1_000 * scale),
+            inserts("os", hot=hot, large=200_000 * scale, single=1_000 * scale),
+        ),
+    )
+    show("Jobs that do nothing", chain(jobs("commit", 2_000 * scale), jobs("os", 2_000 * scale)))
+    return 0 if goals else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main("--quick" in sys.argv[1:]))
