@@ -1,9 +1,7 @@
 """The SQL engine: the only place that knows DataFusion.
 
 Every query is planned in a context that holds only the tables its caller may see, each as a view over
-a `ScanPlan`, and nothing of any other query. What hides rows (other scopes, deletions, marks) lies
-below a limit that the optimizer cannot push the caller's expressions through, so none of them is ever
-evaluated on a row that the caller must not see.
+a `ScanPlan`, and nothing of any other query.
 """
 
 from __future__ import annotations
@@ -16,21 +14,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-from datafusion import DataFrame, Expr, RuntimeEnvBuilder, SessionConfig, SessionContext, SQLOptions, col, lit
+from datafusion import RuntimeEnvBuilder, SessionConfig, SessionContext, SQLOptions
 
 from kalamdb.errors import Closed, InvalidRequest, KalamDbError, LimitExceeded, Timeout
+from kalamdb.sql.frames import Frames, Visible, empty_batch
 from kalamdb.sql.functions import register_functions
-from kalamdb.tables.layout import FLAGS, KEY, SEQ
-from kalamdb.tables.scan import FilePart, MemoryPart, ScanPlan
+from kalamdb.tables.scan import ScanPlan
 
 CATALOG = "kalam"
-DELETED = "_deleted"
-_BARRIER = 1 << 62
-"""A limit that never limits; the optimizer moves no filter below a limit."""
 _IDLE_CONTEXTS_MAX = 8
 _FOOTER_CACHE_LIMIT = "16M"
 """Per idle context."""
-_MARK_KEY, _MARK_SEQ = "_mark_key", "_mark_seq"
 _NOISE = re.compile(
     r"^(DataFusion error: |Exception: |Error during planning: |Optimizer rule '[^']*' failed\s*|caused by\s*|"
     r"Arrow error: |Execution error: |External error: |Schema error: |SQL error: |type_coercion\s*|"
@@ -109,6 +103,7 @@ class Engine:
         self._lock = threading.Lock()
         self._idle: list[tuple[str, SessionContext]] = []
         """(default schema, context), the one used last first."""
+        self._frames = Frames(self._context("default"))
 
     def query(
         self,
@@ -195,103 +190,14 @@ class Engine:
     def _register(self, context: SessionContext, source: TableSource) -> None:
         plan = source.plan
         if isinstance(plan, pa.Table):
-            frame = context.read_batches(plan.to_batches() or [_empty(plan.schema)])
+            frame = context.read_batches(plan.to_batches() or [empty_batch(plan.schema)])
         else:
-            frame = plan_frame(context, plan, source)
+            visible = Visible(source.with_seq, source.with_deleted, source.with_key, source.include_deleted)
+            frame = self._frames.of(plan, visible)
         self._schema(context, source.namespace).register_table(source.name, frame.into_view())
 
 
-_ZERO, _ONE, _TWO = (lit(pa.scalar(number, pa.int64())) for number in range(3))
-"""From Arrow scalars: `lit` of a Python value looks for two modules that are not there, each time."""
 _READ_ONLY = SQLOptions().with_allow_ddl(False).with_allow_dml(False).with_allow_statements(False)
-
-
-def _empty(schema: pa.Schema) -> pa.RecordBatch:
-    return pa.RecordBatch.from_arrays([pa.array([], field.type) for field in schema], schema=schema)
-
-
-def plan_frame(context: SessionContext, plan: ScanPlan, source: TableSource) -> DataFrame:
-    """A `ScanPlan` as a data frame with the columns of the table, and the system columns asked for."""
-    marks = None
-    if plan.marks is not None and any(part.has_hidden for part in plan.parts):
-        renamed = plan.marks.rename_columns([_MARK_KEY, _MARK_SEQ])
-        marks = context.read_batches(renamed.to_batches() or [_empty(renamed.schema)])
-    frames = [_part_frame(context, plan, part, marks, source) for part in plan.parts]
-    if not frames:
-        schema = _target_schema(plan, source)
-        return context.read_batch(_empty(schema))
-    whole = frames[0]
-    for frame in frames[1:]:
-        whole = whole.union(frame)
-    return whole
-
-
-def _target_schema(plan: ScanPlan, source: TableSource) -> pa.Schema:
-    fields = [column.field.with_name(column.name) for column in plan.columns]
-    if source.with_key:
-        fields.append(pa.field(KEY, pa.binary()))
-    if source.with_seq:
-        fields.append(pa.field(SEQ, pa.int64()))
-    if source.with_deleted:
-        fields.append(pa.field(DELETED, pa.bool_()))
-    return pa.schema(fields)
-
-
-def _part_frame(
-    context: SessionContext,
-    plan: ScanPlan,
-    part: FilePart | MemoryPart,
-    marks: DataFrame | None,
-    source: TableSource,
-) -> DataFrame:
-    guarded = False
-    if isinstance(part, FilePart):
-        frame = context.read_parquet(part.path, schema=part.schema, skip_metadata=True)
-        if part.key_start is not None:
-            frame = frame.filter(col(KEY) >= lit(pa.scalar(part.key_start)))
-            if part.key_end is not None:
-                frame = frame.filter(col(KEY) < lit(pa.scalar(part.key_end)))
-            guarded = not part.single_scope
-        base = part.seq_base
-    else:
-        batches = [batch for batch in part.batches if batch.num_rows] or [_empty(part.schema)]
-        frame = context.read_batches(batches)
-        base = 0
-    if part.has_tombstones and not source.include_deleted:
-        frame = frame.filter((col(FLAGS) % _TWO) == _ZERO)
-        guarded = True
-    if marks is not None and part.has_hidden:
-        if base:
-            frame, base = frame.with_column(SEQ, _seq(base)), 0
-        frame = frame.join_on(marks, col(KEY) == col(_MARK_KEY), col(SEQ) < col(_MARK_SEQ), how="anti")
-        guarded = True
-    if guarded:
-        frame = frame.limit(_BARRIER)
-    chosen = []
-    for column, projection in zip(plan.columns, part.projections, strict=True):
-        if projection.source is None:
-            value = lit(pa.scalar(projection.fill, column.field.type))
-        else:
-            value = col(projection.source)
-            if part.schema.field(projection.source).type != column.field.type:
-                value = value.cast(column.field.type)
-        metadata = column.field.metadata
-        chosen.append(value.alias(column.name, _texts(metadata)) if metadata else value.alias(column.name))
-    if source.with_key:
-        chosen.append(col(KEY))
-    if source.with_seq:
-        chosen.append(_seq(base).alias(SEQ))
-    if source.with_deleted:
-        chosen.append(((col(FLAGS) % _TWO) == _ONE).alias(DELETED))
-    return frame.select(*chosen)
-
-
-def _seq(base: int) -> Expr:
-    return col(SEQ) + lit(pa.scalar(base, pa.int64())) if base else col(SEQ)
-
-
-def _texts(metadata: Mapping[bytes, bytes]) -> dict[str, str]:
-    return {key.decode(): value.decode() for key, value in metadata.items()}
 
 
 def _is_refused_sort(exc: Exception) -> bool:
@@ -342,4 +248,4 @@ def scrub_plan(text: str) -> str:
     return re.sub(r"X'[0-9a-fA-F]*'|\b[0-9]{15,}\b", "...", text)
 
 
-__all__ = ["Engine", "EngineLimits", "QueryRun", "TableSource", "plan_frame", "scrub_plan", "translate"]
+__all__ = ["Engine", "EngineLimits", "QueryRun", "TableSource", "scrub_plan", "translate"]

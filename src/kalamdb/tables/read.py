@@ -19,6 +19,8 @@ from kalamdb.tables.transaction import Overlay
 from kalamdb.types import SHARED_SCOPE, RowFlags, Scope, Seq, TableKind
 
 _META_TYPE = b"kalam"
+_PART_BYTES = 16_384
+"""With what the engine keeps for it."""
 _MARK_SCHEMA = pa.schema([pa.field(KEY, pa.binary()), pa.field(SEQ, pa.int64())])
 _TYPED = frozenset({TypeName.UUID, TypeName.JSON, TypeName.FILE, TypeName.EMBEDDING})
 """Types whose Arrow form does not tell them; a result needs the metadata to show them as such."""
@@ -105,19 +107,24 @@ def _file_part(
     store: TableStore, view: TableView, segment: Segment, layout: Layout, marks: _Marks, start: bytes, end: bytes
 ) -> FilePart:
     store.segments.verify(segment)
-    schema = store.layout_of(view.definition.uid)(segment.record.schema_version).schema
-    whole = view.scope == SHARED_SCOPE or (segment.record.key_min >= start and segment.record.key_max < end)
-    return FilePart(
-        segment.path,
-        schema,
-        projections(schema, layout),
-        None if whole else start,
-        None if whole else end,
-        segment.seq_base,
-        has_tombstones=segment.record.tombstones > 0,
-        has_hidden=marks.may_hide(segment.seq_min),
-        single_scope=whole or store.segments.holds_only(segment, start, end),
-    )
+    has_hidden = marks.may_hide(segment.seq_min)
+
+    def build() -> FilePart:
+        schema = store.layout_of(view.definition.uid)(segment.record.schema_version).schema
+        whole = view.scope == SHARED_SCOPE or (segment.record.key_min >= start and segment.record.key_max < end)
+        return FilePart(
+            segment.path,
+            schema,
+            projections(schema, layout),
+            None if whole else start,
+            None if whole else end,
+            segment.seq_base,
+            has_tombstones=segment.record.tombstones > 0,
+            has_hidden=has_hidden,
+            single_scope=whole or store.segments.holds_only(segment, start, end),
+        )
+
+    return store.segments.derived(segment, ("part", layout.version, start, has_hidden), build, _PART_BYTES)
 
 
 def _stream_plan(store: TableStore, view: TableView, layout: Layout) -> ScanPlan:

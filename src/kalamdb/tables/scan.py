@@ -30,9 +30,10 @@ class Projection:
     """Python value that the part's rows read when `source` is None."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class FilePart:
-    """Rows of one Parquet segment."""
+    """Rows of one Parquet segment. The same object in each plan, as long as it is in use, so that the engine can
+    keep what it makes of it."""
 
     path: Path
     schema: pa.Schema

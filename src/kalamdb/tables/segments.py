@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import msgspec
 import numpy as np
@@ -34,6 +34,7 @@ _TERMINATED_SCOPE_MIN = 2
 _LARGE_SCOPE_ROWS = 8192
 """A scope with this many rows left in a row group gets one of its own."""
 _ROWS_PER_PAGE = 8192
+_T = TypeVar("_T")
 
 
 class SegmentRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -452,6 +453,11 @@ class SegmentCache:
             while self._bytes > self._bytes_max and len(self._items) > 1:
                 self._bytes -= self._items.popitem(last=False)[1][1]
         return value
+
+    def derived(self, segment: Segment, key: tuple[Any, ...], build: Callable[[], _T], bytes_: int) -> _T:
+        """What `build` makes of a segment, kept while there is room; `bytes_` is what it takes, about."""
+        kept: _T = self._cached((segment.record.segment_id, key), build, lambda value: bytes_)
+        return kept
 
     def metadata(self, segment: Segment) -> pq.FileMetaData:
         """The footer of a segment."""
