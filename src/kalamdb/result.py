@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -18,6 +19,15 @@ if TYPE_CHECKING:
 _TYPE_METADATA = b"kalam"
 
 
+@dataclass(frozen=True, slots=True)
+class RowsFirst:
+    """Rows that are there as Python values already; Arrow is made when somebody asks for it."""
+
+    columns: list[str]
+    rows: list[tuple[Any, ...]]
+    build: Callable[[], pyarrow.Table]
+
+
 class Result:
     """Rows and message of one statement, materialised.
 
@@ -27,23 +37,33 @@ class Result:
 
     def __init__(
         self,
-        table: pyarrow.Table | None = None,
+        table: pyarrow.Table | RowsFirst | None = None,
         *,
         row_count: int | None = None,
         message: str | None = None,
         results: list[Result] | None = None,
     ) -> None:
-        self._table = table
-        self.row_count: int = row_count if row_count is not None else (table.num_rows if table is not None else 0)
+        ready = table if isinstance(table, RowsFirst) else None
+        self._build = ready.build if ready is not None else None
+        self._table: pyarrow.Table | None = None if isinstance(table, RowsFirst) else table
+        self._rows: list[tuple[Any, ...]] | None = ready.rows if ready is not None else None
+        self._columns: list[str] | None = ready.columns if ready is not None else None
+        self.row_count: int = row_count if row_count is not None else self._count()
         self.message = message
         self.results: list[Result] = results if results is not None else [self]
-        self._rows: list[tuple[Any, ...]] | None = None
         self._position = 0
+
+    def _count(self) -> int:
+        if self._rows is not None:
+            return len(self._rows)
+        return 0 if self._table is None else int(self._table.num_rows)
 
     @property
     def columns(self) -> list[str]:
         """Names of the columns."""
-        return [] if self._table is None else list(self._table.schema.names)
+        if self._columns is None:
+            self._columns = [] if self._table is None else list(self._table.schema.names)
+        return list(self._columns)
 
     @property
     def rows(self) -> list[tuple[Any, ...]]:
@@ -78,16 +98,18 @@ class Result:
 
     def scalar(self) -> Any:
         """The first value of the first row, None when there is no row. Raises InvalidRequest without columns."""
-        if self._table is None or not self._table.num_columns:
+        if not self.columns:
             raise InvalidRequest("the statement returned no columns, so there is no scalar")
         return self.rows[0][0] if self.rows else None
 
     def arrow(self) -> pyarrow.Table:
         """The rows as an Arrow table; empty for a statement without rows."""
         if self._table is None:
-            import pyarrow as pa
+            if self._build is None:
+                import pyarrow as pa
 
-            return pa.table({})
+                return pa.table({})
+            self._table = self._build()
         return self._table
 
     def to_pandas(self) -> pandas.DataFrame:
@@ -103,7 +125,7 @@ class Result:
         return frame
 
     def __repr__(self) -> str:
-        if self._table is None:
+        if not self.columns:
             return f"<Result {self.message or self.row_count!r}>"
         return f"<Result {self.row_count} rows of {', '.join(self.columns)}>"
 

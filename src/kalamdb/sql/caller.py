@@ -44,7 +44,9 @@ class Caller:
         """Value of a parameter by its 1-based number or its name. Raises InvalidRequest."""
         params = self.params
         if isinstance(key, int):
-            if isinstance(params, (str, bytes)) or not isinstance(params, Sequence):
+            if not isinstance(params, (list, tuple)) and (
+                isinstance(params, (str, bytes)) or not isinstance(params, Sequence)
+            ):
                 raise InvalidRequest(f"parameter ${key} needs params as a sequence")
             if not 1 <= key <= len(params):
                 raise InvalidRequest(f"parameter ${key} was not given: there are {len(params)} parameters")

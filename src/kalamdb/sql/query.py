@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from kalamdb.catalog import Catalog, CatalogEntry
 from kalamdb.errors import Denied, InvalidRequest, NotFound
+from kalamdb.result import Result, RowsFirst
 from kalamdb.schema import DataType, TypeName
 from kalamdb.sql import statements as st
 from kalamdb.sql.analyse import exact_decimals, referenced_tables, render
@@ -63,7 +64,7 @@ class Reader:
         self._system = system
         self._result_bytes_max = result_bytes_max
 
-    def select(self, statement: st.Select, caller: Caller, transaction: Transaction | None) -> pa.Table:
+    def select(self, statement: st.Select, caller: Caller, transaction: Transaction | None) -> Result:
         """All rows of a SELECT or EXPLAIN. Raises LimitExceeded beyond limits.result_bytes_max."""
         if statement.lookup is not None:
             found = self._by_key(statement, statement.lookup, caller, transaction)
@@ -72,7 +73,7 @@ class Reader:
         with ExitStack() as stack:
             run = self.open(statement, caller, transaction, stack)
             table = run.table(self._result_bytes_max)
-        return _scrubbed(table) if statement.explain else table
+        return Result(_scrubbed(table) if statement.explain else table)
 
     def open(self, statement: st.Select, caller: Caller, transaction: Transaction | None, stack: ExitStack) -> QueryRun:
         """A running SELECT; what it reads stays until `stack` closes."""
@@ -258,7 +259,7 @@ class Reader:
 
     def _by_key(
         self, statement: st.Select, lookup: st.KeyLookup, caller: Caller, transaction: Transaction | None
-    ) -> pa.Table | None:
+    ) -> Result | None:
         """The answer of a look-up by full primary key; None when the engine must do it."""
         table_id = self.resolve(statement.tables[0], caller)
         entry = self._catalog.table(table_id)
@@ -279,7 +280,7 @@ class Reader:
         if any(column not in layout.index_of_name for column, _ in projection):
             return None
         row = Writer(self._store, entry, caller.scope(definition), transaction).get(values)
-        return _one_row(layout, projection, row)
+        return _found(layout, projection, row)
 
     def _expand_stars(self, statement: st.Select, caller: Caller) -> str:
         """`*` as the table's own columns, so that naming `_seq` does not add it twice."""
@@ -338,14 +339,18 @@ def _fits(value: Decimal, kind: DataType) -> bool:
     return -int(exponent) == kind.scale and value.adjusted() < kind.precision - kind.scale
 
 
-def _one_row(layout: Layout, projection: Sequence[tuple[str, str]], row: Row | None) -> pa.Table:
-    columns = scan_columns(layout)
-    arrays, fields = [], []
-    for name, output in projection:
-        index = layout.index_of_name[name]
-        arrays.append(layout.codecs[index].to_arrow([] if row is None else [row[index]]))
-        fields.append(columns[index].field.with_name(output))
-    return pa.Table.from_arrays(arrays, schema=pa.schema(fields))
+def _found(layout: Layout, projection: Sequence[tuple[str, str]], row: Row | None) -> Result:
+    chosen = [layout.index_of_name[name] for name, _ in projection]
+    outputs = [output for _, output in projection]
+    rows = [] if row is None else [tuple(layout.codecs[at].load(row[at]) for at in chosen)]
+
+    def build() -> pa.Table:
+        columns = scan_columns(layout)
+        arrays = [layout.codecs[at].to_arrow([] if row is None else [row[at]]) for at in chosen]
+        fields = [columns[at].field.with_name(output) for at, output in zip(chosen, outputs, strict=True)]
+        return pa.Table.from_arrays(arrays, schema=pa.schema(fields))
+
+    return Result(RowsFirst(outputs, rows, build))
 
 
 def _scrubbed(table: pa.Table) -> pa.Table:

@@ -136,7 +136,7 @@ class Rows:
         transaction: Transaction | None,
         defaults: Defaults,
     ) -> list[Row]:
-        table = self._reader.select(replace(query, lookup=None), caller, transaction)
+        table = self._reader.select(replace(query, lookup=None), caller, transaction).arrow()
         if table.num_columns != len(indexes):
             raise InvalidRequest(
                 f"the SELECT gives {table.num_columns} columns for {len(indexes)} columns of "

@@ -170,7 +170,7 @@ class Session:
     def _run(self, statement: st.Statement, caller: Caller, transaction: Transaction | None) -> Result:
         match statement:
             case st.Select():
-                return Result(self._reader.select(statement, caller, transaction))
+                return self._reader.select(statement, caller, transaction)
             case st.Insert():
                 return self._rows.insert(statement, caller, transaction)
             case st.Update():

@@ -97,6 +97,10 @@ def _key_encoder(kind: DataType) -> Callable[[Any], bytes]:
             return keys.encode_int
 
 
+_TEMPORAL = frozenset({TypeName.DATE, TypeName.TIMESTAMP, TypeName.DATETIME, TypeName.TIME})
+"""Stored as numbers."""
+
+
 class ValueCodec:
     """Conversions of one data type. Stateless; get one from `codec_of`."""
 
@@ -152,6 +156,19 @@ class ValueCodec:
                 return [None if v is None else struct.pack(f"<{len(v)}f", *v) for v in column.to_pylist()]
             case _:
                 return list(column.to_pylist())
+
+    def from_scalar(self, scalar: pa.Scalar) -> Stored:
+        """One value of a column of the physical type as stored value."""
+        value: Any = scalar.as_py() if self.kind.name not in _TEMPORAL else scalar.value
+        match self.kind.name:
+            case TypeName.DECIMAL if value is not None:
+                value = format(value, "f")
+            case TypeName.EMBEDDING if value is not None:
+                value = struct.pack(f"<{len(value)}f", *value)
+            case _:
+                pass
+        stored: Stored = value
+        return stored
 
     def coerce(self, column: pa.Array | pa.ChunkedArray, *, where: str) -> pa.Array:
         """Any Arrow column as an array of the physical type; vectorised where Arrow can cast exactly.

@@ -45,6 +45,7 @@ class Layout:
         self.version = definition.version
         self.columns = definition.columns
         self.codecs: tuple[ValueCodec, ...] = tuple(column_codec(column) for column in self.columns)
+        self.physical_names = tuple(physical_name(column.id) for column in self.columns)
         self.index_of_id = {column.id: index for index, column in enumerate(self.columns)}
         self.index_of_name = {column.name: index for index, column in enumerate(self.columns)}
         self.pk_indexes = tuple(self.index_of_id[column_id] for column_id in definition.primary_key)
@@ -155,15 +156,20 @@ def rows_to_batch(rows: Sequence[HotRow], layout_of: LayoutOf, wanted: Layout) -
     return pa.RecordBatch.from_arrays(arrays, schema=wanted.schema)
 
 
-def batch_to_rows(batch: pa.RecordBatch | pa.Table, wanted: Layout) -> list[Row]:
-    """Rows in stored form of a batch in the segment schema of `wanted`."""
-    if not batch.num_rows:
-        return []
-    columns = [
-        codec.from_arrow(batch.column(physical_name(column.id)))
-        for column, codec in zip(wanted.columns, wanted.codecs, strict=True)
-    ]
-    return list(zip(*columns, strict=True))
+def row_at(table: pa.Table, position: int, wanted: Layout) -> Row:
+    """One row in stored form of a segment's table, whatever schema version it was written with."""
+    names = table.schema.names
+    values: list[Stored] = []
+    for name, column, codec in zip(wanted.physical_names, wanted.columns, wanted.codecs, strict=True):
+        if name not in names:
+            values.append(column.fill)
+            continue
+        stored = table.column(name)
+        if stored.type == codec.physical:
+            values.append(codec.from_scalar(stored[position]))
+        else:
+            values.append(codec.from_arrow(pc.cast(stored.slice(position, 1), codec.physical))[0])
+    return tuple(values)
 
 
 def conform(batch: pa.Table, wanted: Layout, written_version: int) -> pa.Table:

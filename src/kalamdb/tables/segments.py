@@ -541,15 +541,15 @@ class SegmentCache:
                 seq, flags = int(index.seqs[position]), int(index.flags[position])
                 yield first + offset, Found(segment, group, position, seq, flags)
 
-    def row(self, found: Found) -> pa.Table:
-        """The one row that `find` found, in the segment's own schema version."""
+    def rows(self, found: Found) -> pa.Table:
+        """The row group that holds what `find` found at `position`, in the segment's own schema version."""
         segment, group = found.segment, found.row_group
         table: pa.Table = self._cached(
             (segment.record.segment_id, ("rows", group)),
             lambda: self._read(segment, group, None),
             lambda value: int(value.nbytes),
         )
-        return table.slice(found.position, 1)
+        return table
 
     def marks(self, segment: Segment, start: bytes, end: bytes | None) -> pa.Table | None:
         """Row key and `_seq` of the marks in [start, end); None when there are none."""

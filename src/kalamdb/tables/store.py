@@ -39,7 +39,7 @@ from kalamdb.storage import (
     record_uid,
 )
 from kalamdb.tables.hot import Chunk, HotCache, HotView, above, chunks_of
-from kalamdb.tables.layout import Layout, Row, batch_to_rows, conform, read_payload
+from kalamdb.tables.layout import Layout, Row, read_payload, row_at
 from kalamdb.tables.segments import Found, Segment, SegmentCache, SegmentRecord, segment_path
 from kalamdb.types import SHARED_SCOPE, RowFlags, Scope, Seq, TableKind, TableUid
 
@@ -474,9 +474,7 @@ class TableStore:
         if version.payload is not None:
             return read_payload(version.payload, self.layout_of(entry.definition.uid), wanted)
         assert version.found is not None
-        record = version.found.segment.record
-        table = conform(self.segments.row(version.found), wanted, record.schema_version)
-        return batch_to_rows(table, wanted)[0]
+        return row_at(self.segments.rows(version.found), version.found.position, wanted)
 
     # Committing
 
