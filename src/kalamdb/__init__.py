@@ -22,12 +22,13 @@ from kalamdb.errors import (
     Unavailable,
     UniqueViolation,
 )
+from kalamdb.version import VERSION
 
 if TYPE_CHECKING:
     from kalamdb.database import Database, connect
     from kalamdb.result import Result
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 
 def __getattr__(name: str) -> Any:

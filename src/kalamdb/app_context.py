@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from kalamdb.catalog import Catalog
-from kalamdb.clock import Clock, SystemClock
+from kalamdb.clock import Clock, SystemClock, ulid, uuid_v7
 from kalamdb.config import SETTINGS, Settings
 from kalamdb.files import FileOps, LocalFiles
 from kalamdb.jobs import JobExecutor, JobRegistry, UnifiedJobManager
@@ -41,16 +43,32 @@ from kalamdb.storage.directory import DataDirectory
 from kalamdb.storage.jobs import JobInsert
 from kalamdb.storage.kv import KvBackend
 from kalamdb.storage.memory import MemoryKv
-from kalamdb.system import ManifestRow, SettingRow, SystemSources, SystemTablesRegistry
+from kalamdb.system import ManifestRow, SettingRow, SystemSources, SystemTable, SystemTablesRegistry, columns_of
 from kalamdb.system.users import user_tables
 from kalamdb.tables.compact import choose
 from kalamdb.tables.maintenance import Maintenance
 from kalamdb.tables.mirror import segment_json
 from kalamdb.tables.store import TableLimits, TableStore
-from kalamdb.types import TableKind
+from kalamdb.tables.write import snowflake_id
+from kalamdb.types import TableId, TableKind
 from kalamdb.users import Users, audit_rows
+from kalamdb.version import VERSION
 
 _REMOVAL_INTERVAL_S = 1.0
+_TRANSACTIONS = TableId("system", "transactions")
+_TRANSACTION_COLUMNS = columns_of(
+    "transaction_id T, owner_id T, origin T, state T, age_ms BIGINT, idle_ms BIGINT, write_count BIGINT, "
+    "write_bytes BIGINT, touched_tables_count BIGINT, snapshot_commit_seq BIGINT"
+)
+_ENGINE_TABLES = {
+    "df_settings": "name T, value T?, description T?",
+    "routines": "specific_catalog T?, specific_schema T?, specific_name T?, routine_catalog T?, routine_schema T?, "
+    "routine_name T, routine_type T?, is_deterministic BOOL?, data_type T?, function_type T?, description T?, "
+    "syntax_example T?",
+    "parameters": "specific_catalog T?, specific_schema T?, specific_name T?, ordinal_position BIGINT, "
+    "parameter_mode T?, parameter_name T?, data_type T?, parameter_default T?, is_variadic BOOL?, rid BIGINT?",
+}
+"""Tables of information_schema that describe the engine."""
 
 
 class AppContext:
@@ -73,6 +91,7 @@ class AppContext:
         self.settings = settings
         self.clock = clock or SystemClock()
         self._pid = os.getpid()
+        self._made_s = self.clock.monotonic_s()
         self._stopping = threading.Lock()
         self._stopped = False
         with ExitStack() as stack:
@@ -107,6 +126,8 @@ class AppContext:
             )
             self.system_tables = self._system(root)
             self.session = self._make_session()
+            for table in self._further_tables():
+                self.system_tables.register(table)
             self.schedulers = Schedulers(
                 self.maintenance, self._job_manager, self.clock,
                 flush_enabled=settings["flush.scheduler_enabled"], compaction_enabled=settings["compaction.enabled"],
@@ -228,21 +249,57 @@ class AppContext:
             )
         return rows
 
+    def _transactions(self) -> Iterator[Sequence[Any]]:
+        now_s = self.clock.monotonic_s()
+        for one in self.session.open_transactions():
+            inner = one.transaction
+            ages_ms = (int((now_s - since_s) * 1000) for since_s in (one.began_s, inner.used_s))
+            yield str(one.number), one.owner, one.origin, "open", *ages_ms, *inner.writes, inner.moment.snapshot.seq
+
+    def _further_tables(self) -> Iterator[SystemTable]:
+        """System tables over what is made after the registry."""
+        yield SystemTable(_TRANSACTIONS, _TRANSACTION_COLUMNS, lambda _: self._transactions())
+        for name, columns in _ENGINE_TABLES.items():
+            rows = partial(self._engine_rows, name)
+            yield SystemTable(TableId("information_schema", name), columns_of(columns), rows)
+
+    def _engine_rows(self, name: str, filters: Mapping[str, Any]) -> Sequence[Sequence[Any]]:
+        return self._engine.information(name)
+
     def _setting_rows(self) -> list[SettingRow]:
         return [SettingRow(one.key, str(self.settings[one.key]), one.help, one.category) for one in SETTINGS]
 
     def _stats(self) -> Mapping[str, object]:
+        uptime_s = int(self.clock.monotonic_s() - self._made_s)
         return {
             **self.backend.stats(),
+            "server_version": VERSION,
+            "server_uptime_seconds": uptime_s,
+            "server_uptime_human": str(dt.timedelta(seconds=uptime_s)),
+            "cpu_logical_cores": os.cpu_count() or 1,
+            "datafusion_query_parallelism": self.settings["datafusion.query_parallelism"],
+            "datafusion_memory_limit_mb": self._query_bytes_max() >> 20,
+            "plan_cache_size": self.session.plans_cached,
+            "open_transactions": len(self.session.open_transactions()),
             "hot_bytes": self.store.hot_bytes(),
             "hot_cache_bytes": self.store.hot.bytes_used,
             "abandoned_job_threads": self._job_manager.runner.abandoned_threads,
         }
 
+    def _query_bytes_max(self) -> int:
+        quarter = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
+        return int(self.settings["datafusion.memory_limit"] or quarter)
+
     def _make_session(self) -> Session:
         s = self.settings
-        memory = s["datafusion.memory_limit"] or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
-        engine = Engine(EngineLimits(memory_bytes_max=memory, target_partitions=s["datafusion.query_parallelism"]))
+        self._engine = engine = Engine(
+            EngineLimits(memory_bytes_max=self._query_bytes_max(), target_partitions=s["datafusion.query_parallelism"]),
+            {
+                "snowflake_id": lambda: snowflake_id(self.backend, self.clock),
+                "uuid_v7": lambda: str(uuid_v7(self.clock)),
+                "ulid": lambda: ulid(self.clock),
+            },
+        )
         reader = Reader(self.store, self.catalog, engine, self.system_tables, s["limits.result_bytes_max"])
         rows = Rows(self.store, reader, self.clock)
         jobs = _SqlJobs(self)

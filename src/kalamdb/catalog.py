@@ -6,7 +6,6 @@ the other sees the new state. Look-ups are reads of a dict that follows the stor
 
 from __future__ import annotations
 
-import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,13 +13,21 @@ from typing import Any
 
 import msgspec
 
+from kalamdb.alter import (
+    COLUMNS_MAX,
+    AlterChange,
+    ColumnSpec,
+    RowProbe,
+    alter,
+    check_column,
+    check_name,
+    make_column,
+)
 from kalamdb.clock import Clock
 from kalamdb.errors import Conflict, InvalidRequest, LimitExceeded, NotFound
 from kalamdb.schema import (
     Check,
     ColumnDef,
-    DataType,
-    Default,
     TableDef,
     TableOptions,
     TypeName,
@@ -38,12 +45,9 @@ from kalamdb.storage import (
     record_prefix,
     record_uid,
 )
-from kalamdb.types import AccessLevel, Seq, TableId, TableKind, TableUid
+from kalamdb.types import Seq, TableId, TableKind, TableUid
 
-NAME_LENGTH_MAX = 64
-COLUMNS_MAX = 1000
 CHANGE_ATTEMPTS = 16
-_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*\Z")
 _RESERVED_NAMESPACES = frozenset(
     "system sys root kalamdb kalam main default sql admin internal information_schema pg_catalog datafusion".split()
 )
@@ -51,17 +55,7 @@ _KEYWORDS = frozenset(
     "select from where table insert update delete create drop alter and or not null join on group order by having "
     "union values into set as in is like between case when then else end primary key namespace".split()
 )
-_RESERVED_COLUMNS = frozenset(
-    "_seq _deleted _commit_seq _id _row_id _rowid _key _updated _created _timestamp _version _hash".split()
-)
 _NOT_IN_KEY = frozenset({TypeName.JSON, TypeName.EMBEDDING, TypeName.FILE})
-_WIDENS: dict[TypeName, frozenset[TypeName]] = {
-    TypeName.SMALLINT: frozenset({TypeName.INT, TypeName.BIGINT, TypeName.DOUBLE}),
-    TypeName.INT: frozenset({TypeName.BIGINT, TypeName.DOUBLE}),
-    TypeName.FLOAT: frozenset({TypeName.DOUBLE}),
-    TypeName.JSON: frozenset({TypeName.TEXT}),
-    TypeName.UUID: frozenset({TypeName.TEXT}),
-}
 DEFAULT_NAMESPACE = "default"
 SYSTEM_NAMESPACES = frozenset({"system", "information_schema"})
 
@@ -92,18 +86,6 @@ class CatalogEntry:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ColumnSpec:
-    """A column as CREATE TABLE or ADD COLUMN states it."""
-
-    name: str
-    type: DataType
-    nullable: bool = True
-    default: Default | None = None
-    primary_key: bool = False
-    comment: str | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class TableSpec:
     """A table as CREATE TABLE states it."""
 
@@ -118,72 +100,8 @@ class TableSpec:
     comment: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class AddColumn:
-    """ADD COLUMN; `fill` is the default in stored form, evaluated for the rows that exist."""
-
-    column: ColumnSpec
-    fill: Any = None
-
-
-@dataclass(frozen=True, slots=True)
-class DropColumn:
-    """DROP COLUMN."""
-
-    name: str
-
-
-@dataclass(frozen=True, slots=True)
-class RenameColumn:
-    """RENAME COLUMN."""
-
-    name: str
-    new_name: str
-
-
-@dataclass(frozen=True, slots=True)
-class ModifyColumn:
-    """MODIFY COLUMN and ALTER COLUMN; None leaves that part alone."""
-
-    name: str
-    type: DataType | None = None
-    nullable: bool | None = None
-    default: Default | None = None
-    drop_default: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class SetAccessLevel:
-    """SET ACCESS LEVEL."""
-
-    level: AccessLevel
-
-
-AlterChange = AddColumn | DropColumn | RenameColumn | ModifyColumn | SetAccessLevel
-
-
-@dataclass(frozen=True, slots=True)
-class RowProbe:
-    """What a change must know of the rows that exist."""
-
-    is_empty: Callable[[], bool]
-    has_nulls: Callable[[str], bool]
-
-
 MakeCleanup = Callable[[TableDef], JobInsert]
 """The cleanup job of a dropped table, inserted in the commit that drops it."""
-
-
-def check_name(kind: str, name: str) -> None:
-    """Raise InvalidRequest unless `name` may name a namespace, table or column."""
-    if not name or len(name) > NAME_LENGTH_MAX:
-        raise InvalidRequest(
-            f"{kind} name '{name[:80]}' has {len(name)} characters, 1 to {NAME_LENGTH_MAX} are allowed"
-        )
-    if not _NAME.match(name):
-        raise InvalidRequest(
-            f"{kind} name '{name}' must begin with a letter and hold only letters, digits and underscores"
-        )
 
 
 class Catalog:
@@ -328,10 +246,14 @@ class Catalog:
 
     # Tables
 
-    def create_table(self, spec: TableSpec) -> CatalogEntry:
-        """Make a table. Raises InvalidRequest, NotFound (namespace), Conflict (exists already)."""
+    def create_table(
+        self, spec: TableSpec, check: Callable[[TableDef], None] = lambda definition: None
+    ) -> CatalogEntry:
+        """Make a table that `check` does not object to. Raises InvalidRequest, NotFound (namespace), Conflict
+        (exists already), and what `check` raises."""
         table_id = TableId(spec.namespace, spec.name)
         definition = self._define(spec)
+        check(definition)
 
         def change() -> Batch:
             if spec.namespace in SYSTEM_NAMESPACES:
@@ -368,11 +290,25 @@ class Catalog:
 
         def attempt() -> Batch:
             entry = self.require(table_id)
-            definition, text = alter(entry.definition, change, probe, self._clock.now_ms())
+            uid = entry.definition.uid
+            head = self._backend.head()
+            manifest_key = record_key(RecordKind.MANIFEST, uid)
+            manifest = self._backend.latest().records([manifest_key])[0]
+            asked: list[bool] = []
+            watched = RowProbe(
+                lambda: _noted(asked, probe.is_empty()), lambda column: _noted(asked, probe.has_nulls(column))
+            )
+            definition, text = alter(entry.definition, change, watched, self._clock.now_ms())
             done[:] = [text]
             if definition is entry.definition:
                 return Batch()
-            return Batch(records=self._stage_version(definition, entry.record_version))
+            batch = Batch(records=self._stage_version(definition, entry.record_version))
+            if asked:
+                # What the probe found must still hold: no row was written to either tier since.
+                expected = manifest.version if manifest is not None else ABSENT
+                batch.records.append(RecordOp(manifest_key, expect=expected, check=True))
+                batch.quiet.append((uid, head))
+            return batch
 
         self._repeat(attempt)
         return self.require(table_id), done[0]
@@ -448,9 +384,9 @@ class Catalog:
         names = _key_names(spec)
         columns: list[ColumnDef] = []
         for ordinal, column in enumerate(spec.columns, 1):
-            _check_column(column.name, {known.name for known in columns})
+            check_column(column.name, {known.name for known in columns})
             nullable = column.nullable and column.name not in names
-            columns.append(_column(column, ordinal, ordinal, nullable=nullable))
+            columns.append(make_column(column, ordinal, ordinal, nullable=nullable))
         by_name = {column.name: column for column in columns}
         for name in names:
             if by_name[name].type.name in _NOT_IN_KEY:
@@ -561,6 +497,11 @@ class Catalog:
 _CATALOG_KINDS = frozenset({RecordKind.TABLE, RecordKind.NAMESPACE, RecordKind.VIEW})
 
 
+def _noted(asked: list[bool], answer: bool) -> bool:
+    asked.append(answer)
+    return answer
+
+
 def _encode(uid: TableUid) -> bytes:
     return msgspec.msgpack.encode(uid)
 
@@ -569,30 +510,6 @@ def _texts(key: bytes) -> list[str]:
     """The text parts of a record key."""
     parts = key[1:].split(b"\x00\x01")[:-1]
     return [part.replace(b"\x00\xff", b"\x00").decode() for part in parts]
-
-
-def _check_column(name: str, known: set[str]) -> None:
-    if name.lower() in _RESERVED_COLUMNS or name.startswith("_"):
-        raise InvalidRequest(f"column name '{name}' is reserved; names must not begin with an underscore")
-    check_name("column", name)
-    if name in known:
-        raise InvalidRequest(f"column '{name}' stands twice")
-
-
-def _column(
-    spec: ColumnSpec, column_id: int, ordinal: int, *, nullable: bool, version: int = 1, fill: Any = None
-) -> ColumnDef:
-    return ColumnDef(
-        id=column_id,
-        name=spec.name,
-        type=spec.type,
-        nullable=nullable,
-        default=spec.default,
-        ordinal=ordinal,
-        comment=spec.comment,
-        fill=fill,
-        since_version=version,
-    )
 
 
 def _without_history(column: ColumnDef) -> ColumnDef:
@@ -618,153 +535,3 @@ def _key_names(spec: TableSpec) -> tuple[str, ...]:
     if not names and spec.kind is not TableKind.STREAM:
         raise InvalidRequest(f"table '{spec.name}' needs a PRIMARY KEY; only STREAM tables may have none")
     return names
-
-
-def alter(definition: TableDef, change: AlterChange, probe: RowProbe, now_ms: int) -> tuple[TableDef, str]:
-    """The next version of a definition and what was done; the same object when nothing changes."""
-    match change:
-        case AddColumn():
-            columns, text = _add_column(definition, change, probe)
-        case DropColumn():
-            columns, text = _drop_column(definition, change)
-        case RenameColumn():
-            columns, text = _rename_column(definition, change)
-        case ModifyColumn():
-            columns, text = _modify_column(definition, change, probe)
-        case SetAccessLevel():
-            return _set_access(definition, change, now_ms)
-    if columns == definition.columns:
-        return definition, _unchanged(definition)
-    version = definition.version + 1
-    changed = msgspec.structs.replace(
-        definition,
-        columns=columns,
-        version=version,
-        updated_at=now_ms,
-        next_column_id=max(definition.next_column_id, max(column.id for column in columns) + 1),
-    )
-    return changed, f"Table {definition.table_id} altered successfully: {text} (version {version})"
-
-
-def _unchanged(definition: TableDef) -> str:
-    return f"Table {definition.table_id} unchanged"
-
-
-def _set_access(definition: TableDef, change: SetAccessLevel, now_ms: int) -> tuple[TableDef, str]:
-    if definition.kind is not TableKind.SHARED:
-        raise InvalidRequest(
-            f"table '{definition.table_id}' is a {definition.kind.upper()} table; only SHARED "
-            "tables have an access level"
-        )
-    if definition.options.access_level is change.level:
-        return definition, _unchanged(definition)
-    options = msgspec.structs.replace(definition.options, access_level=change.level)
-    changed = msgspec.structs.replace(definition, options=options, version=definition.version + 1, updated_at=now_ms)
-    text = f"access level {change.level}"
-    return changed, f"Table {definition.table_id} altered successfully: {text} (version {changed.version})"
-
-
-def _require_column(definition: TableDef, name: str) -> ColumnDef:
-    column = definition.column(name)
-    if column is None:
-        known = ", ".join(column.name for column in definition.columns)
-        raise InvalidRequest(f"table '{definition.table_id}' has no column '{name}'; it has {known}")
-    return column
-
-
-def _names_column(sql: str, name: str) -> bool:
-    return re.search(rf"(?<![\w\"]){re.escape(name)}(?!\w)|\"{re.escape(name)}\"", sql, re.IGNORECASE) is not None
-
-
-def _refuse_checked(definition: TableDef, name: str, verb: str) -> None:
-    for check in definition.checks:
-        if _names_column(check.sql, name):
-            raise InvalidRequest(f"column '{name}' cannot be {verb}: CHECK ({check.sql}) names it")
-
-
-def _add_column(definition: TableDef, change: AddColumn, probe: RowProbe) -> tuple[tuple[ColumnDef, ...], str]:
-    spec = change.column
-    _check_column(spec.name, {column.name for column in definition.columns})
-    if spec.primary_key:
-        raise InvalidRequest(f"column '{spec.name}' cannot be added to the PRIMARY KEY of '{definition.table_id}'")
-    if len(definition.columns) >= COLUMNS_MAX:
-        raise LimitExceeded(f"table '{definition.table_id}' has {COLUMNS_MAX} columns, more are not allowed")
-    if not spec.nullable and spec.default is None and not probe.is_empty():
-        raise InvalidRequest(
-            f"column '{spec.name}' is NOT NULL without DEFAULT and '{definition.table_id}' has rows; give it a DEFAULT"
-        )
-    ordinal = max(column.ordinal for column in definition.columns) + 1
-    added = _column(
-        spec,
-        definition.next_column_id,
-        ordinal,
-        nullable=spec.nullable,
-        version=definition.version + 1,
-        fill=None if spec.nullable else change.fill,
-    )
-    return (*definition.columns, added), f"added column {spec.name}"
-
-
-def _drop_column(definition: TableDef, change: DropColumn) -> tuple[tuple[ColumnDef, ...], str]:
-    column = _require_column(definition, change.name)
-    if column.id in definition.primary_key:
-        raise InvalidRequest(f"column '{change.name}' is part of the PRIMARY KEY and cannot be dropped")
-    _refuse_checked(definition, change.name, "dropped")
-    if len(definition.columns) == 1:
-        raise InvalidRequest(
-            f"column '{change.name}' is the last one of '{definition.table_id}'; drop the table instead"
-        )
-    return tuple(one for one in definition.columns if one.id != column.id), f"dropped column {change.name}"
-
-
-def _rename_column(definition: TableDef, change: RenameColumn) -> tuple[tuple[ColumnDef, ...], str]:
-    column = _require_column(definition, change.name)
-    if change.new_name == change.name:
-        return definition.columns, ""
-    _check_column(change.new_name, {one.name for one in definition.columns})
-    _refuse_checked(definition, change.name, "renamed")
-    renamed = msgspec.structs.replace(column, name=change.new_name)
-    return _replaced(definition, renamed), f"renamed column {change.name} to {change.new_name}"
-
-
-def _replaced(definition: TableDef, column: ColumnDef) -> tuple[ColumnDef, ...]:
-    return tuple(column if one.id == column.id else one for one in definition.columns)
-
-
-def _modify_column(definition: TableDef, change: ModifyColumn, probe: RowProbe) -> tuple[tuple[ColumnDef, ...], str]:
-    column = _require_column(definition, change.name)
-    changed = column
-    if change.type is not None and change.type != column.type:
-        _check_widening(definition, column, change.type)
-        changed = msgspec.structs.replace(changed, type=change.type)
-    if change.nullable is True and not column.nullable:
-        if column.id in definition.primary_key:
-            raise InvalidRequest(f"column '{change.name}' is part of the PRIMARY KEY and stays NOT NULL")
-        changed = msgspec.structs.replace(changed, nullable=True)
-    if change.nullable is False and column.nullable:
-        if probe.has_nulls(change.name):
-            raise InvalidRequest(f"column '{change.name}' of '{definition.table_id}' holds NULL; set a value first")
-        changed = msgspec.structs.replace(changed, nullable=False)
-    if change.drop_default:
-        changed = msgspec.structs.replace(changed, default=None)
-    elif change.default is not None:
-        changed = msgspec.structs.replace(changed, default=change.default)
-    return _replaced(definition, changed), f"modified column {change.name}"
-
-
-def _check_widening(definition: TableDef, column: ColumnDef, wanted: DataType) -> None:
-    """Only changes that every stored value survives unchanged, so that no row is rewritten."""
-    old = column.type
-    widens = wanted.name in _WIDENS.get(old.name, frozenset()) or (
-        old.name is wanted.name is TypeName.DECIMAL and wanted.scale == old.scale and wanted.precision >= old.precision
-    )
-    keeps_key = column.id not in definition.primary_key or (
-        {old.name, wanted.name} <= {TypeName.SMALLINT, TypeName.INT, TypeName.BIGINT, TypeName.UUID, TypeName.TEXT}
-        or old.name in (TypeName.FLOAT, TypeName.DECIMAL)
-    )
-    if not widens or not keeps_key:
-        raise InvalidRequest(
-            f"column '{column.name}' of type {old} cannot become {wanted}: only widening without rewriting is allowed "
-            "(SMALLINT to INT to BIGINT, integers to DOUBLE outside the key, FLOAT to DOUBLE, DECIMAL to more digits, "
-            "JSON or UUID to TEXT)"
-        )

@@ -107,7 +107,7 @@ class Database:
         clock = self._context.clock
         deadline = None if timeout_s is None else clock.monotonic_s() + timeout_s
         return Caller(
-            name, wanted, namespace or "default", params,
+            name, wanted, namespace or "default", params, clock.now_ms(),
             deadline=lambda: deadline is not None and clock.monotonic_s() > deadline,
             cancelled=lambda: self._closed,
         )  # fmt: skip
@@ -210,7 +210,7 @@ class Database:
     def _transaction(self, user: str | None, operations: Callable[[], list[Any]]) -> Iterator[Transaction]:
         self._check_open()
         with ExitStack() as stack:
-            inner = self._context.session.begin(stack)
+            inner = self._context.session.begin(stack, owner=user or _DEFAULT_USER, origin="Api")
             transaction = Transaction(self, inner, user)
             yield transaction
             if not inner.ended:

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, assert_never
 
 import msgspec
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from kalamdb.catalog import AddColumn, AlterChange, Catalog, CatalogEntry, ModifyColumn, RowProbe, TableSpec
+from kalamdb.alter import AddColumn, AlterChange, ModifyColumn, RowProbe
+from kalamdb.catalog import Catalog, CatalogEntry, TableSpec
 from kalamdb.clock import Clock
 from kalamdb.errors import Denied, IdempotencyConflict, InvalidRequest, NotFound
 from kalamdb.result import Result
 from kalamdb.schema import ColumnDef, TableDef
 from kalamdb.sql import statements as st
+from kalamdb.sql.analyse import analyse_text
 from kalamdb.sql.caller import Caller, denied, may_create
 from kalamdb.sql.parse_table import resolve_default
-from kalamdb.sql.query import Query, Reader
+from kalamdb.sql.projection import quote
+from kalamdb.sql.query import Reader
 from kalamdb.storage.jobs import JobInsert
-from kalamdb.tables.layout import read_payload
+from kalamdb.tables.layout import KEY, Layout, conform, physical_name, read_payload
 from kalamdb.tables.store import TableStore
 from kalamdb.tables.write import Defaults
-from kalamdb.types import Role, RowFlags, TableId, TableKind
+from kalamdb.types import Role, TableId, TableKind
 
 
 class Jobs(Protocol):
@@ -97,6 +101,7 @@ class SystemTables(Protocol):
     def table(self, table_id: TableId) -> pa.Table: ...
     def show_tables(self, namespace: str) -> pa.Table: ...
     def describe(self, table_id: TableId) -> pa.Table: ...
+    def describe_schema(self, schema: pa.Schema) -> pa.Table: ...
     def history(self, table_id: TableId) -> pa.Table: ...
 
 
@@ -131,15 +136,12 @@ class Admin:
             case st.DropTable():
                 return self._drop_table(statement, caller)
             case st.TruncateTable(table=table):
-                definition, commit = self._catalog.truncate_table(
-                    self._reader.resolve(table, caller), self._jobs.cleanup_insert
-                )
+                table_id = self._reader.resolve(table, caller)
+                self._reader.refuse_system("truncate", table_id)
+                definition, commit = self._catalog.truncate_table(table_id, self._jobs.cleanup_insert)
                 return Result(message=f"Table {definition.table_id} truncated. Cleanup job: {commit.jobs[0]}")
-            case st.CreateView(view=view):
-                self._catalog.create_view(
-                    self._reader.resolve(view, caller), statement.query, or_replace=statement.or_replace
-                )
-                return Result(message=f"View {self._reader.resolve(view, caller)} created successfully")
+            case st.CreateView():
+                return self._create_view(statement, caller)
             case st.DropView():
                 return self._drop_view(statement, caller)
             case st.Show():
@@ -182,9 +184,12 @@ class Admin:
 
     def use(self, statement: st.UseNamespace) -> str:
         """The namespace that USE selects. Raises NotFound."""
-        if not self._catalog.has_namespace(statement.name):
-            raise NotFound(f"Namespace '{statement.name}' does not exist")
+        self._require_namespace(statement.name)
         return statement.name
+
+    def _require_namespace(self, name: str) -> None:
+        if not self._catalog.has_namespace(name):
+            raise NotFound(f"Namespace '{name}' does not exist")
 
     def _drop_namespace(self, statement: st.DropNamespace) -> Result:
         try:
@@ -217,23 +222,31 @@ class Admin:
             checks=statement.checks,
             options=statement.options,
         )
-        entry = self._catalog.create_table(spec)
-        try:
-            self._try_checks(entry, caller)
-        except InvalidRequest:
-            self._catalog.drop_table(table_id, self._jobs.cleanup_insert)
-            raise
+        self._catalog.create_table(spec, lambda definition: self._try_checks(definition, caller))
         return Result(message=f"Table {table_id} created successfully")
 
-    def _try_checks(self, entry: CatalogEntry, caller: Caller) -> None:
-        for check in entry.definition.checks:
-            layout = self._store.layout(entry.definition)
-            found = self._reader.evaluate(f"({check.sql}) AS v0", layout, [(entry.definition.name, [])], caller)
+    def _create_view(self, statement: st.CreateView, caller: Caller) -> Result:
+        view_id = self._reader.resolve(statement.view, caller)
+        self._reader.refuse_system("create", view_id)
+        inner = replace(caller, namespace=view_id.namespace)
+        known = self._catalog.view(view_id) is not None
+        names = {self._reader.resolve(name, inner) for name in statement.select.tables}
+        if view_id in names or (known and view_id in self._reader.views_of(statement.select, inner)):
+            raise InvalidRequest(f"view '{view_id}' cannot read itself")
+        self._reader.columns(view_id, statement.select, caller)
+        self._catalog.create_view(view_id, statement.query, or_replace=statement.or_replace)
+        return Result(message=f"View {view_id} created successfully")
+
+    def _try_checks(self, definition: TableDef, caller: Caller) -> None:
+        for check in definition.checks:
+            layout = Layout(definition)
+            found = self._reader.evaluate(f"({check.sql}) AS v0", layout, [(definition.name, [])], caller)
             if not pa.types.is_boolean(found.schema.field(0).type) and not pa.types.is_null(found.schema.field(0).type):
                 raise InvalidRequest(f"CHECK ({check.sql}) is not a condition")
 
     def _alter_table(self, statement: st.AlterTable, caller: Caller) -> Result:
         table_id = self._reader.resolve(statement.table, caller)
+        self._reader.refuse_system("alter", table_id)
         entry = self._catalog.require(table_id)
         if not may_create(caller, entry.definition.kind):
             raise denied(caller, "alter", entry.definition)
@@ -262,24 +275,38 @@ class Admin:
             return next(iter(snapshot.hot(entry.definition.uid, chunk_rows=1)), None) is None
 
     def _has_nulls(self, table_id: TableId, column: str) -> bool:
+        """Whether a live row, of whomever, holds NULL in a column."""
         entry = self._catalog.require(table_id)
-        definition = entry.definition
-        layout = self._store.layout(definition)
-        at = layout.index_of_name[column]
-        layout_of = self._store.layout_of(definition.uid)
-        for segment in self._store.state(definition.uid).segments:
-            written = layout_of(segment.record.schema_version)
-            if layout.columns[at].id not in written.index_of_id:
-                if layout.columns[at].fill is None:
+        at = self._store.layout(entry.definition).index_of_name[column]
+        for keys in self._null_keys(entry, at):
+            versions, _ = self._store.newest(entry, keys)
+            for version in versions:
+                if version is not None and version.is_live and self._store.load(version, entry)[at] is None:
                     return True
-            elif segment.record.column_stats.get(layout.columns[at].id, (None, None, -1))[2] != 0:
-                return True
-        with self._store.backend.snapshot() as snapshot:
-            rows = (row for chunk in snapshot.hot(definition.uid) for row in chunk if not row.flags & RowFlags.DELETED)
-            return any(read_payload(row.payload, layout_of, layout)[at] is None for row in rows)
+        return False
+
+    def _null_keys(self, entry: CatalogEntry, at: int) -> Iterator[list[bytes]]:
+        """Keys of rows that may hold NULL in the column at `at`, newest version or not."""
+        definition, store = entry.definition, self._store
+        layout, layout_of = store.layout(definition), store.layout_of(definition.uid)
+        column = layout.columns[at]
+        for segment in store.state(definition.uid).segments:
+            written = layout_of(segment.record.schema_version)
+            if column.id in written.index_of_id:
+                if segment.record.column_stats.get(column.id, (None, None, -1))[2] == 0:
+                    continue
+            elif column.fill is not None:
+                continue
+            for table in store.segments.scan(segment):
+                values = conform(table, layout, segment.record.schema_version).column(physical_name(column.id))
+                yield pc.filter(table.column(KEY), pc.is_null(values)).to_pylist()
+        with store.backend.snapshot() as snapshot:
+            for chunk in snapshot.hot(definition.uid):
+                yield [row.key for row in chunk if read_payload(row.payload, layout_of, layout)[at] is None]
 
     def _drop_table(self, statement: st.DropTable, caller: Caller) -> Result:
         table_id = self._reader.resolve(statement.table, caller)
+        self._reader.refuse_system("drop", table_id)
         entry = self._catalog.table(table_id)
         if entry is None and statement.if_exists:
             return Result(message=f"Table {table_id} does not exist")
@@ -305,10 +332,12 @@ class Admin:
             case st.ShowKind.NAMESPACES:
                 return system.table(TableId("system", "namespaces"))
             case st.ShowKind.TABLES:
-                return system.show_tables(statement.namespace or caller.namespace)
+                namespace = statement.namespace or caller.namespace
+                self._require_namespace(namespace)
+                return system.show_tables(namespace)
             case st.ShowKind.COLUMNS | st.ShowKind.DESCRIBE:
                 assert statement.table is not None
-                return system.describe(self._reader.resolve(statement.table, caller))
+                return self._describe(self._reader.resolve(statement.table, caller), caller)
             case st.ShowKind.HISTORY:
                 assert statement.table is not None
                 return system.history(self._reader.resolve(statement.table, caller))
@@ -318,34 +347,40 @@ class Admin:
                 return system.table(TableId("system", "manifest"))
             case st.ShowKind.STATS:
                 assert statement.table is not None
-                return self._stats(self._reader.entry(statement.table, caller))
+                return self._stats(statement.table, caller)
             case st.ShowKind.JOB:
-                query = Query(
-                    "SELECT * FROM system.jobs WHERE job_id = "
-                    f"'{(statement.job_id or '').replace(chr(39), chr(39) * 2)}'"
-                )
-                self._reader.add_system(query, TableId("system", "jobs"), caller)
-                found = self._reader.run(query, caller).table(1 << 30)
+                asked = analyse_text("SELECT * FROM system.jobs WHERE job_id = $1")
+                found = self._reader.select(asked, replace(caller, params=[statement.job_id]), None).arrow()
                 if not found.num_rows:
                     raise NotFound(f"Job '{statement.job_id}' does not exist")
                 return found
             case other:
                 assert_never(other)
 
-    def _stats(self, entry: CatalogEntry) -> pa.Table:
-        state = self._store.state(entry.definition.uid)
-        with self._store.hot.lock:
-            figures = self._store.figures(entry.definition.uid)
-            hot_rows, hot_bytes = figures.rows, figures.bytes_
-        rows = {
-            "hot_rows": hot_rows,
-            "hot_bytes": hot_bytes,
-            "segments": len(state.segments),
-            "level0_segments": sum(one.record.level == 0 for one in state.segments),
-            "cold_rows": sum(one.record.rows for one in state.segments),
-            "cold_bytes": sum(one.record.size_bytes for one in state.segments),
-            "tombstones": sum(one.record.tombstones for one in state.segments),
-        }
+    def _describe(self, table_id: TableId, caller: Caller) -> pa.Table:
+        view = self._catalog.view(table_id)
+        if view is None:
+            return self._system.describe(table_id)
+        return self._system.describe_schema(self._reader.columns(table_id, analyse_text(view.sql), caller))
+
+    def _stats(self, name: st.TableName, caller: Caller) -> pa.Table:
+        """How many rows the caller has in a table; from service on also how it is stored."""
+        entry = self._reader.entry(name, caller)
+        table_id = entry.definition.table_id
+        count = analyse_text(f"SELECT count(*) FROM {quote(table_id.namespace)}.{quote(table_id.name)}")
+        rows = {"rows": self._reader.select(count, caller, None).scalar()}
+        if caller.has(Role.SERVICE):
+            state = self._store.state(entry.definition.uid)
+            with self._store.hot.lock:
+                figures = self._store.figures(entry.definition.uid)
+                rows |= {"hot_rows": figures.rows, "hot_bytes": figures.bytes_}
+            rows |= {
+                "segments": len(state.segments),
+                "level0_segments": sum(one.record.level == 0 for one in state.segments),
+                "cold_rows": sum(one.record.rows for one in state.segments),
+                "cold_bytes": sum(one.record.size_bytes for one in state.segments),
+                "tombstones": sum(one.record.tombstones for one in state.segments),
+            }
         return pa.table({"statistic": list(rows), "value": pa.array(list(rows.values()), pa.int64())})
 
     # Maintenance
@@ -356,8 +391,7 @@ class Admin:
             entry = self._reader.entry(statement.table, caller)
             return Result(message=self._maintain_one(statement.operation, word, entry))
         namespace = statement.namespace or caller.namespace
-        if not self._catalog.has_namespace(namespace):
-            raise NotFound(f"Namespace '{namespace}' does not exist")
+        self._require_namespace(namespace)
         entries = [one for one in self._catalog.tables(namespace) if one.definition.kind is not TableKind.STREAM]
         wanted = [one for one in entries if self._has_work(statement.operation, one)]
         if not wanted:

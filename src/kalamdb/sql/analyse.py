@@ -1,57 +1,72 @@
-"""What a query reads: its tables, the system columns it names, whether it is a look-up by key; and the
-text that the engine gets: parameters and caller functions as literals, JSON operators as functions."""
+"""What a query reads: its tables, the system columns it names, whether it is a look-up by key."""
 
 from __future__ import annotations
 
-import datetime as dt
-import uuid
-from collections.abc import Callable, Sequence, Set
-from decimal import Decimal
+from collections.abc import Sequence
 from typing import Any
 
-import msgspec
 import sqlglot
 from sqlglot import exp
 
 from kalamdb.errors import InvalidRequest, LimitExceeded
 from kalamdb.sql.cursor import NOT_LITERAL, literal
+from kalamdb.sql.projection import name_columns
+from kalamdb.sql.render import render
 from kalamdb.sql.statements import DefaultMarker, KeyLookup, KeyMatch, Select, TableName
 from kalamdb.sql.tokens import Token, TokenKind, tokenize
 
 SPECIALS = frozenset({"_seq", "_deleted"})
-_JSON_OPERATORS = {"->": "json_get", "->>": "json_as_text"}
-_END_OF_ITEM = frozenset({"FROM", "WHERE", "LIMIT", "ORDER", "GROUP", "HAVING", "UNION"})
-_CALLER_WORDS = frozenset({"CURRENT_USER", "CURRENT_USER_ID", "CURRENT_ROLE"})
+_END_OF_WHERE = frozenset("GROUP HAVING ORDER LIMIT OFFSET UNION EXCEPT INTERSECT WINDOW".split())
 _TABLE_FUNCTIONS_REFUSED = frozenset({"generate_series", "range"})
 _SERIES_MAX = 1_000_000
-_DECIMAL_DIGITS_MAX = 38
 
 
 def analyse_select(text: str, tokens: Sequence[Token], *, explain: bool = False, analyze: bool = False) -> Select:
     """A query as a statement. Raises InvalidRequest for text that does not parse."""
-    sql = text[tokens[0].start : tokens[-1].end]
+    start = tokens[0].start
+    sql = text[start : tokens[-1].end]
+    specials = frozenset(_identifiers(tokens) & SPECIALS)
     lookup = None if explain else _key_lookup(tokens)
-    names = {token.name for token in tokens if token.kind in (TokenKind.WORD, TokenKind.QUOTED)}
+    if lookup is not None and not specials:
+        return Select(sql, (lookup[0],), lookup=lookup[1])
     _check_series(tokens)
-    tables = (lookup[0],) if lookup is not None else referenced_tables(sql)
-    specials = frozenset(names & SPECIALS)
+    tree = _tree(sql)
     return Select(
-        sql,
-        tables,
+        name_columns(sql, tokens, tree, start),
+        _tables_of(tree),
         specials,
         deleted_in_where="_deleted" in specials and _in_where(tokens, "_deleted"),
-        lookup=lookup[1] if lookup is not None and not specials else None,
+        ctes=_ctes_of(tree),
         explain=explain,
         analyze=analyze,
     )
 
 
+def analyse_text(sql: str) -> Select:
+    """As `analyse_select`, for a text that is one query."""
+    return analyse_select(sql, tokenize(sql))
+
+
+def _identifiers(tokens: Sequence[Token]) -> set[str]:
+    return {token.name for token in tokens if token.kind in (TokenKind.WORD, TokenKind.QUOTED)}
+
+
 def _in_where(tokens: Sequence[Token], name: str) -> bool:
-    words = [token.upper for token in tokens]
-    if "WHERE" not in words:
-        return False
-    behind = tokens[words.index("WHERE") :]
-    return any(token.name == name for token in behind if token.kind in (TokenKind.WORD, TokenKind.QUOTED))
+    """Whether a WHERE clause, of the query or of one inside it, names the column."""
+    depth, inside = 0, set[int]()
+    for token in tokens:
+        if token.text == "(":
+            depth += 1
+        elif token.text == ")":
+            inside.discard(depth)
+            depth -= 1
+        elif token.upper == "WHERE":
+            inside.add(depth)
+        elif token.upper in _END_OF_WHERE:
+            inside.discard(depth)
+        elif inside and token.kind in (TokenKind.WORD, TokenKind.QUOTED) and token.name == name:
+            return True
+    return False
 
 
 def _check_series(tokens: Sequence[Token]) -> None:
@@ -69,8 +84,15 @@ def _check_series(tokens: Sequence[Token]) -> None:
 
 def referenced_tables(sql: str) -> tuple[TableName, ...]:
     """The tables that a query reads, without the names of its CTEs."""
-    tree = _tree(sql)
-    ctes = {cte.alias for cte in tree.find_all(exp.CTE)}
+    return _tables_of(_tree(sql))
+
+
+def _ctes_of(tree: exp.Expression) -> frozenset[str]:
+    return frozenset(_identifier(cte.args["alias"].this) for cte in tree.find_all(exp.CTE) if cte.args.get("alias"))
+
+
+def _tables_of(tree: exp.Expression) -> tuple[TableName, ...]:
+    ctes = _ctes_of(tree)
     found: dict[TableName, None] = {}
     for table in tree.find_all(exp.Table):
         if not isinstance(table.this, exp.Identifier):
@@ -91,7 +113,7 @@ def _identifier(node: exp.Identifier) -> str:
 
 
 def _tree(sql: str) -> exp.Expression:
-    plain = render(sql, _null_params, caller=lambda word: "''")
+    plain = render(sql, lambda key: "NULL", lambda word: "''")
     try:
         tree = sqlglot.parse_one(plain, dialect="postgres")
     except sqlglot.errors.SqlglotError as exc:
@@ -195,207 +217,3 @@ def _projection(tokens: Sequence[Token], alias: str) -> Any:
         item = []
     # The engine refuses a name that stands twice.
     return tuple(found) if len({output for _, output in found}) == len(found) else False
-
-
-# Text for the engine
-
-
-def sql_literal(value: Any) -> str:
-    """A Python value as an SQL literal of the engine."""
-    match value:
-        case None:
-            return "NULL"
-        case bool():
-            return "TRUE" if value else "FALSE"
-        case int() | Decimal():
-            text = format(value, "f") if isinstance(value, Decimal) else str(value)
-            return f"({text})" if text.startswith("-") else text
-        case float():
-            return f"CAST('{value!r}' AS DOUBLE)"
-        case str():
-            return "'" + value.replace("'", "''") + "'"
-        case bytes() | bytearray() | memoryview():
-            return f"X'{bytes(value).hex()}'"
-        case dt.datetime():
-            kind = "TIMESTAMP" if value.tzinfo is None else "TIMESTAMP WITH TIME ZONE"
-            return f"CAST('{value.isoformat()}' AS {kind})"
-        case dt.date():
-            return f"CAST('{value.isoformat()}' AS DATE)"
-        case dt.time():
-            return f"CAST('{value.isoformat()}' AS TIME)"
-        case uuid.UUID():
-            return f"'{value}'"
-        case list() | tuple() | dict():
-            return "'" + msgspec.json.encode(value).decode().replace("'", "''") + "'"
-        case _:
-            raise InvalidRequest(f"a parameter of type {type(value).__name__} has no SQL form")
-
-
-_COMPARISONS = frozenset({"=", "<>", "!=", "<", "<=", ">", ">="})
-_DECIMAL_AGGREGATES = frozenset({"SUM", "MIN", "MAX"})
-
-
-def exact_decimals(sql: str, columns: Set[str]) -> str:
-    """The text with numbers as decimals where they are compared with one of these DECIMAL columns or its sum,
-    minimum or maximum. As doubles, amounts over 73786.97 would not equal themselves."""
-    if not columns or "." not in sql:
-        return sql
-    tokens = tokenize(sql)
-    pieces: list[str] = []
-    previous, place = 0, ""
-    for at, token in enumerate(tokens):
-        is_number = token.kind is TokenKind.NUMBER
-        if is_number and (place in _NUMBER_PLACES or _stands_before(tokens, at, columns)):
-            pieces += [sql[previous : token.start], _decimal_literal(token.text)]
-            previous = token.end
-        place = _place_after(tokens, at, place, columns)
-    return "".join(pieces) + sql[previous:]
-
-
-_NUMBER_PLACES = frozenset({"operand", "between", "list"})
-
-
-def _decimal_literal(text: str) -> str:
-    whole, _, fraction = text.replace("_", "").lstrip("0").partition(".")
-    precision = max(len(whole) + len(fraction), 1)
-    if "e" in text.lower() or not fraction or precision > _DECIMAL_DIGITS_MAX:
-        return text
-    return f"CAST('{whole}.{fraction}' AS DECIMAL({precision},{len(fraction)}))"
-
-
-def _place_after(tokens: Sequence[Token], at: int, place: str, columns: Set[str]) -> str:
-    """Where a scan is after the token: behind a decimal "column", or where an "operand" that is compared with it
-    stands, alone, in BETWEEN or in a "list"; "" elsewhere."""
-    token = tokens[at]
-    if _ends_decimal(tokens, at, columns):
-        return "column"
-    match place:
-        case "column" if token.text in _COMPARISONS:
-            return "operand"
-        case "column":
-            return {"NOT": "column", "BETWEEN": "between", "IN": "list"}.get(token.upper, "")
-        case "operand" | "between" | "list" if token.text in ("-", "+", "("):
-            return place
-        case "between" | "list" if token.text == ")":
-            return place
-        case "between" if token.upper == "AND":
-            return "operand"
-        case "between" if token.kind is TokenKind.NUMBER:
-            return place
-        case "list" if token.kind is TokenKind.NUMBER or token.text == ",":
-            return place
-        case _:
-            return ""
-
-
-def _ends_decimal(tokens: Sequence[Token], at: int, columns: Set[str]) -> bool:
-    if tokens[at].text != ")":
-        return tokens[at].kind in (TokenKind.WORD, TokenKind.QUOTED) and tokens[at].name in columns
-    start = at - 4 if at >= 4 and tokens[at - 2].text == "." else at - 2
-    is_call = start > 0 and tokens[start].text == "(" and tokens[start - 1].upper in _DECIMAL_AGGREGATES
-    return is_call and _ends_decimal(tokens, at - 1, columns)
-
-
-def _stands_before(tokens: Sequence[Token], at: int, columns: Set[str]) -> bool:
-    """Whether the number at `at` is compared with a decimal column to its right."""
-    at += 2 if at + 1 < len(tokens) and tokens[at + 1].text == ")" else 1
-    if at + 1 >= len(tokens) or tokens[at].text not in _COMPARISONS:
-        return False
-    at += 1
-    if tokens[at].upper in _DECIMAL_AGGREGATES and at + 2 < len(tokens) and tokens[at + 1].text == "(":
-        at += 2
-    if at + 2 < len(tokens) and tokens[at + 1].text == ".":
-        at += 2
-    return tokens[at].kind in (TokenKind.WORD, TokenKind.QUOTED) and tokens[at].name in columns
-
-
-def _null_params(key: int | str) -> str:
-    return "NULL"
-
-
-def render(sql: str, parameter: Callable[[int | str], str], caller: Callable[[str], str]) -> str:
-    """The text with parameters and caller functions replaced, and JSON operators as function calls."""
-    if not any(mark in sql for mark in ("$", "?", ":", "->")) and "current_" not in sql.lower():
-        return sql
-    tokens = tokenize(sql)
-    pieces: list[str] = []
-    gaps: list[str] = []
-    kinds: list[str] = []
-    previous = tokens[0].start if tokens else 0
-    at = 0
-    while at < len(tokens):
-        token = tokens[at]
-        gap = sql[previous : token.start]
-        previous = token.end
-        key_exists = token.text == "?" and at + 1 < len(tokens) and tokens[at + 1].kind is TokenKind.STRING
-        if (token.text in _JSON_OPERATORS or key_exists) and at + 1 < len(tokens) and pieces:
-            function = "json_contains" if key_exists else _JSON_OPERATORS[token.text]
-            at, previous, argument = _json_argument(sql, tokens, at + 1, parameter, caller)
-            start = _operand_start(pieces, kinds)
-            operand = "".join(gap_ + piece for gap_, piece in zip(gaps[start:], pieces[start:], strict=True)).strip()
-            head = gaps[start]
-            del pieces[start:], gaps[start:], kinds[start:]
-            pieces.append(f"{function}({operand}, {argument})")
-            gaps.append(head)
-            kinds.append("primary")
-            continue
-        text, kind = token.text, token.text if token.kind is TokenKind.SYMBOL else token.kind.name
-        if token.kind is TokenKind.PARAM:
-            name = token.text[1:]
-            text = parameter(int(name) if name.isdigit() else name)
-        elif token.upper in _CALLER_WORDS and not (pieces and kinds[-1] == "."):
-            text = caller(token.upper)
-            if [one.text for one in tokens[at + 1 : at + 3]] == ["(", ")"]:
-                at += 2
-                previous = tokens[at].end
-        pieces.append(text)
-        gaps.append(gap)
-        kinds.append(kind)
-        at += 1
-    return "".join(gap + piece for gap, piece in zip(gaps, pieces, strict=True))
-
-
-def _json_argument(
-    sql: str, tokens: Sequence[Token], at: int, parameter: Callable[[int | str], str], caller: Callable[[str], str]
-) -> tuple[int, int, str]:
-    """(index after it, offset after it, SQL) of what stands right of a JSON operator."""
-    token = tokens[at]
-    if token.text == "(":
-        depth, end = 0, at
-        while end < len(tokens):
-            depth += (tokens[end].text == "(") - (tokens[end].text == ")")
-            if depth == 0:
-                break
-            end += 1
-        if depth:
-            raise InvalidRequest("a parenthesis after a JSON operator is not closed")
-        inner = render(sql[token.start : tokens[end].end], parameter, caller)
-        return end + 1, tokens[end].end, f"CAST({inner} AS TEXT)"
-    if token.text == "-" and at + 1 < len(tokens) and tokens[at + 1].kind is TokenKind.NUMBER:
-        return at + 2, tokens[at + 1].end, f"'-{tokens[at + 1].text}'"
-    if token.kind is TokenKind.NUMBER:
-        return at + 1, token.end, f"'{token.text}'"
-    if token.kind is TokenKind.PARAM:
-        name = token.text[1:]
-        value = parameter(int(name) if name.isdigit() else name)
-        return at + 1, token.end, f"CAST({value} AS TEXT)"
-    return at + 1, token.end, token.text
-
-
-def _operand_start(pieces: Sequence[str], kinds: Sequence[str]) -> int:
-    """Index of the first piece of the primary expression that ends the pieces."""
-    at = len(pieces) - 1
-    while True:
-        if kinds[at] == ")":
-            depth = 0
-            while at >= 0:
-                depth += (kinds[at] == ")") - (kinds[at] == "(")
-                if depth == 0:
-                    break
-                at -= 1
-            if at > 0 and kinds[at - 1] in ("WORD", "QUOTED"):
-                at -= 1
-        if at >= 2 and kinds[at - 1] in (".", "::"):
-            at -= 2
-            continue
-        return max(at, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, assert_never
@@ -9,7 +10,7 @@ from typing import Any, assert_never
 from kalamdb.errors import Denied, InvalidRequest
 from kalamdb.schema import TableDef
 from kalamdb.sql import statements as st
-from kalamdb.sql.analyse import sql_literal
+from kalamdb.sql.render import sql_literal
 from kalamdb.types import SHARED_SCOPE, AccessLevel, Role, Scope, TableKind
 
 _RANK = {Role.USER: 0, Role.SERVICE: 1, Role.DBA: 2, Role.SYSTEM: 3}
@@ -25,6 +26,8 @@ class Caller:
     role: Role
     namespace: str
     params: Params = None
+    now_ms: int = 0
+    """What NOW() is: milliseconds since 1970."""
     deadline: Callable[[], bool] = lambda: False
     cancelled: Callable[[], bool] = lambda: False
 
@@ -51,17 +54,35 @@ class Caller:
             if not 1 <= key <= len(params):
                 raise InvalidRequest(f"parameter ${key} was not given: there are {len(params)} parameters")
             return params[key - 1]
-        if not isinstance(params, Mapping) or key not in params:
-            raise InvalidRequest(f"parameter :{key} was not given")
+        if not isinstance(params, Mapping):
+            raise InvalidRequest(f"parameter :{key} needs params as a mapping")
+        if key not in params:
+            raise InvalidRequest(f"parameter :{key} was not given; there are {', '.join(map(str, params)) or 'none'}")
         return params[key]
 
     def parameter_sql(self, key: int | str) -> str:
         """A parameter as an SQL literal."""
         return sql_literal(self.parameter(key))
 
+    @property
+    def now(self) -> dt.datetime:
+        """What NOW() is, in UTC without a zone."""
+        return dt.datetime(1970, 1, 1) + dt.timedelta(milliseconds=self.now_ms)
+
     def function_sql(self, word: str) -> str:
-        """CURRENT_USER, CURRENT_USER_ID or CURRENT_ROLE as an SQL literal."""
-        return sql_literal(str(self.role) if word == "CURRENT_ROLE" else self.user)
+        """A word of the caller (CURRENT_USER, CURRENT_USER_ID, CURRENT_ROLE) or of the clock (CURRENT_TIMESTAMP,
+        CURRENT_DATE, CURRENT_TIME) as an SQL literal."""
+        match word:
+            case "CURRENT_ROLE":
+                return sql_literal(str(self.role))
+            case "CURRENT_TIMESTAMP":
+                return sql_literal(self.now)
+            case "CURRENT_DATE":
+                return sql_literal(self.now.date())
+            case "CURRENT_TIME":
+                return sql_literal(self.now.time())
+            case _:
+                return sql_literal(self.user)
 
 
 def required_role(statement: st.Statement) -> Role:
@@ -87,7 +108,8 @@ def check_role(caller: Caller, statement: st.Statement) -> None:
     """Raise Denied when the caller's role does not suffice."""
     role = required_role(statement)
     if not caller.has(role):
-        words = " ".join(statement.sql.split()[:3])
+        explain = "EXPLAIN " if isinstance(statement, st.Select) else ""
+        words = explain + " ".join(statement.sql.split()[:3])
         raise Denied(f"Admin privileges required: '{words}' needs role {role}, the caller has {caller.role}")
 
 

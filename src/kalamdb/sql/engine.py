@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from datafusion import RuntimeEnvBuilder, SessionConfig, SessionContext, SQLOptions
 
 from kalamdb.errors import Closed, InvalidRequest, KalamDbError, LimitExceeded, Timeout
 from kalamdb.sql.frames import Frames, Visible, empty_batch
-from kalamdb.sql.functions import register_functions
+from kalamdb.sql.functions import Generators, register_functions
 from kalamdb.tables.scan import ScanPlan
 
 CATALOG = "kalam"
@@ -31,7 +32,7 @@ _NOISE = re.compile(
     r"Context\(\"[^\"]*\",?\s*)+"
 )
 _PATH = re.compile(r"(?<![\w.])(?:file://)?/?(?:[\w.\-]+/)+[\w.\-]+\.parquet(?::\d+\.\.\d+)?")
-_INTERNAL_NAME = re.compile(r"\b(?:_mark_key|_mark_seq|kalam\.)\b\.?")
+_INTERNAL_NAME = re.compile(r"\b(?:_mark_key|_mark_seq|kalam\.)\b\.?|, (?:\w+\.)*(?:_row|_key|_flags)\b")
 _ROWS = re.compile(r"metrics=\[[^\]]*\]")
 
 
@@ -97,8 +98,9 @@ class _Request:
 class Engine:
     """Makes contexts and runs queries. Thread-safe."""
 
-    def __init__(self, limits: EngineLimits) -> None:
+    def __init__(self, limits: EngineLimits, generators: Generators) -> None:
         self._limits = limits
+        self._generators = generators
         self._runtime = RuntimeEnvBuilder().with_disk_manager_os().with_fair_spill_pool(limits.memory_bytes_max)
         self._lock = threading.Lock()
         self._idle: list[tuple[str, SessionContext]] = []
@@ -160,23 +162,33 @@ class Engine:
             frame = context.sql_with_options(text, _READ_ONLY)
             self._schema(context, namespace).register_table(name, frame.into_view())
         frame = context.sql_with_options(request.sql, _READ_ONLY)
-        return frame.execute_stream(), frame.schema()
+        schema = pa.schema([_result_field(one) for one in frame.schema()])
+        return frame.execute_stream(), schema
 
-    def _context(self, default_schema: str, *, parallel_sorts: bool = True) -> SessionContext:
+    def information(self, name: str) -> list[tuple[Any, ...]]:
+        """Rows of the engine's own information_schema table `name`: df_settings, routines or parameters."""
+        context = self._context("default", information=True)
+        batches = context.sql_with_options(f"SELECT * FROM information_schema.{name}", _READ_ONLY).collect()
+        return [tuple(row.values()) for batch in batches for row in batch.to_pylist()]
+
+    def _context(
+        self, default_schema: str, *, parallel_sorts: bool = True, information: bool = False
+    ) -> SessionContext:
         limits = self._limits
         config = (
             SessionConfig()
             .with_default_catalog_and_schema(CATALOG, default_schema)
-            .with_information_schema(False)
+            .with_information_schema(information)
             .with_target_partitions(limits.target_partitions)
             .with_batch_size(limits.batch_rows)
             .with_repartition_sorts(parallel_sorts)
             .set("datafusion.execution.parquet.schema_force_view_types", "false")
             .set("datafusion.sql_parser.map_string_types_to_utf8view", "false")
+            .set("datafusion.execution.time_zone", "UTC")
         )
         context = SessionContext(config, self._runtime)
         context.sql(f"SET datafusion.runtime.metadata_cache_limit = '{_FOOTER_CACHE_LIMIT}'")
-        register_functions(context)
+        register_functions(context, self._generators)
         return context
 
     def _schema(self, context: SessionContext, namespace: str) -> Any:
@@ -206,6 +218,20 @@ def _is_refused_sort(exc: Exception) -> bool:
     return "SanityCheckPlan" in str(exc)
 
 
+def _result_field(field: pa.Field) -> pa.Field:
+    """A column of a result: nullable, and in the Arrow types that results promise."""
+    kind = field.type
+    if pa.types.is_timestamp(kind):
+        kind = pa.timestamp("us", None if kind.tz is None else "UTC")
+    elif pa.types.is_time(kind):
+        kind = pa.time64("us")
+    elif pa.types.is_string_view(kind) or pa.types.is_large_string(kind):
+        kind = pa.string()
+    elif pa.types.is_binary_view(kind) or pa.types.is_large_binary(kind):
+        kind = pa.binary()
+    return pa.field(field.name, kind, True, field.metadata)
+
+
 def _batches(
     stream: Any, schema: pa.Schema, deadline: Callable[[], bool], cancelled: Cancelled
 ) -> Iterator[pa.RecordBatch]:
@@ -220,8 +246,16 @@ def _batches(
             raise translate(exc) from exc
         if batch is None:
             return
-        # A batch may call a column NOT NULL that the plan calls nullable.
-        yield pa.RecordBatch.from_arrays(batch.to_pyarrow().columns, schema=schema)
+        yield _in_schema(batch.to_pyarrow(), schema)
+
+
+def _in_schema(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
+    # The engine's batches may deny NULL where its plan allows it, and count time in nanoseconds.
+    columns = [
+        column if column.type == field.type else pc.cast(column, field.type, safe=False)
+        for column, field in zip(batch.columns, schema, strict=True)
+    ]
+    return pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
 def translate(exc: Exception) -> KalamDbError:

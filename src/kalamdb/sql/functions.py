@@ -1,8 +1,11 @@
-"""SQL functions that the engine lacks: JSON access over text. Invalid JSON and missing paths give NULL."""
+"""SQL functions that the engine lacks: JSON access over text, and fresh ids.
+
+Invalid JSON and missing paths give NULL.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
@@ -10,6 +13,23 @@ import pyarrow as pa
 from datafusion import SessionContext, udf
 
 _MISSING = object()
+
+JSON_ACCESS_NAMES = frozenset(
+    "json_get json_get_json json_as_text json_get_str json_get_int json_get_float json_get_bool json_contains".split()
+)
+"""Functions of a document and a path."""
+JSON_WHOLE_NAMES = frozenset({"json_length", "json_object_keys"})
+"""Functions of a document, or of what a path leads to."""
+GENERATED_NAMES = ("snowflake_id", "uuid_v7", "ulid")
+
+Generators = Mapping[str, Callable[[], object]]
+"""What makes a fresh value, by the names of GENERATED_NAMES."""
+
+_GENERATED_FIELDS = {
+    "snowflake_id": pa.field("id", pa.int64()),
+    "uuid_v7": pa.field("id", pa.string(), metadata={b"kalam": b"UUID"}),
+    "ulid": pa.field("id", pa.string()),
+}
 
 
 def _parsed(text: str | None) -> Any:
@@ -92,27 +112,32 @@ def _holds(document: Any, key: str) -> Any:
     return _member(document, key)
 
 
-def register_functions(context: SessionContext) -> None:
-    """Make the JSON functions known to a context."""
+def register_functions(context: SessionContext, generators: Generators) -> None:
+    """Make the JSON functions, and those of `generators`, known to a context."""
     text, number = pa.string(), pa.int64()
-    access = {
-        "json_get": (_json_text, text),
-        "json_get_json": (_json_text, text),
-        "json_as_text": (_plain_text, text),
-        "json_get_str": (_typed(str), text),
-        "json_get_int": (_typed(int), number),
-        "json_get_float": (_typed(float), pa.float64()),
-        "json_get_bool": (_typed(bool), pa.bool_()),
+    document = pa.field("json", text, metadata={b"kalam": b"JSON"})
+    access: dict[str, tuple[Callable[[Any], Any], pa.DataType, pa.DataType | pa.Field]] = {
+        "json_get": (_json_text, text, document),
+        "json_get_json": (_json_text, text, document),
+        "json_as_text": (_plain_text, text, text),
+        "json_get_str": (_typed(str), text, text),
+        "json_get_int": (_typed(int), number, number),
+        "json_get_float": (_typed(float), pa.float64(), pa.float64()),
+        "json_get_bool": (_typed(bool), pa.bool_(), pa.bool_()),
     }
-    for name, (convert, kind) in access.items():
-        context.register_udf(udf(_access(convert, kind), [text, text], kind, "immutable", name))
+    for name, (convert, kind, returned) in access.items():
+        context.register_udf(udf(_access(convert, kind), [text, text], returned, "immutable", name))
     context.register_udf(udf(_contains, [text, text], pa.bool_(), "immutable", "json_contains"))
     context.register_udf(udf(_whole(_length, number), [text], number, "immutable", "json_length"))
     keys = pa.list_(pa.field("item", text))
     context.register_udf(udf(_whole(_keys, keys), [text], keys, "immutable", "json_object_keys"))
+    for name, make in generators.items():
+        field = _GENERATED_FIELDS[name]
+        context.register_udf(udf(_fresh(make, field.type), [pa.float64()], field, "volatile", name))
 
 
-FUNCTION_NAMES = frozenset(
-    "json_get json_get_json json_as_text json_get_str json_get_int json_get_float json_get_bool json_contains "
-    "json_length json_object_keys".split()
-)
+def _fresh(make: Callable[[], object], kind: pa.DataType) -> Callable[[pa.Array], pa.Array]:
+    def evaluate(rows: pa.Array) -> pa.Array:
+        return pa.array([make() for _ in range(len(rows))], kind)
+
+    return evaluate

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from kalamdb.errors import InvalidRequest, LimitExceeded
 from kalamdb.sql import statements as st
-from kalamdb.sql.analyse import analyse_select, find_lookup, referenced_tables
+from kalamdb.sql.analyse import analyse_select, analyse_text, find_lookup, referenced_tables
 from kalamdb.sql.cursor import Cursor
 from kalamdb.sql.parse_jobs import parse_call, parse_control, parse_job_id
 from kalamdb.sql.parse_table import parse_alter_table, parse_create_table, parse_options
@@ -71,8 +71,7 @@ def _create(cursor: Cursor) -> st.Statement:
         if cursor.token is None:
             raise cursor.unexpected("a SELECT")
         query = cursor.text[cursor.token.start : cursor.tokens[-1].end]
-        analyse_select(query, tokenize(query))
-        return st.CreateView(cursor.sql, view, query, or_replace)
+        return st.CreateView(cursor.sql, view, query, analyse_text(query), or_replace)
     if or_replace:
         raise cursor.unexpected("VIEW")
     if cursor.accept("NAMESPACE"):
@@ -198,6 +197,7 @@ def _explain(cursor: Cursor) -> st.Statement:
 def _insert(cursor: Cursor) -> st.Statement:
     cursor.expect("INSERT", "INTO")
     table = cursor.table()
+    alias = cursor.name("an alias") if cursor.accept("AS") else table.name
     columns = (
         cursor.names() if cursor.peek("(") and not cursor.peek("(", "SELECT") and not cursor.peek("(", "WITH") else None
     )
@@ -218,7 +218,7 @@ def _insert(cursor: Cursor) -> st.Statement:
     conflict = _conflict(cursor) if cursor.accept("ON", "CONFLICT") else None
     returning = _returning(cursor)
     cursor.end()
-    return st.Insert(cursor.sql, table, columns, rows, query, conflict, returning)
+    return st.Insert(cursor.sql, table, alias, columns, rows, query, conflict, returning)
 
 
 def _skip_query(cursor: Cursor) -> None:
@@ -354,13 +354,7 @@ def _show(cursor: Cursor) -> st.Statement:
         cursor.accept("CACHE")
         found = st.Show(sql, st.ShowKind.MANIFEST)
     elif cursor.accept("JOBS"):
-        where = "" if cursor.token is None else cursor.text[cursor.token.start : cursor.tokens[-1].end]
-        query = f"SELECT * FROM system.jobs {where}"
-        if not where or cursor.peek("WHERE") or cursor.peek("ORDER") or cursor.peek("LIMIT"):
-            order = "" if "order" in where.lower() else " ORDER BY created_at DESC"
-            query = f"SELECT * FROM system.jobs {where}{'' if cursor.peek('LIMIT') else order}"
-            return analyse_select(query, tokenize(query))
-        raise cursor.unexpected("WHERE")
+        return _show_jobs(cursor)
     elif cursor.accept("JOB"):
         found = st.Show(sql, st.ShowKind.JOB, job_id=parse_job_id(cursor))
     else:
@@ -369,11 +363,23 @@ def _show(cursor: Cursor) -> st.Statement:
     return found
 
 
+def _show_jobs(cursor: Cursor) -> st.Statement:
+    """SHOW JOBS [WHERE ...] [ORDER BY ...] [LIMIT n]: rows of system.jobs, the newest first unless said otherwise."""
+    where = f" WHERE {cursor.until('ORDER', 'LIMIT')}" if cursor.accept("WHERE") else ""
+    order = f" ORDER BY {cursor.until('LIMIT')}" if cursor.accept("ORDER", "BY") else " ORDER BY created_at DESC"
+    limit = f" LIMIT {cursor.until()}" if cursor.accept("LIMIT") else ""
+    if cursor.token is not None:
+        raise cursor.unexpected("WHERE, ORDER BY or LIMIT")
+    return analyse_text(f"SELECT * FROM system.jobs{where}{order}{limit}")
+
+
 def _describe(cursor: Cursor) -> st.Statement:
     cursor.take()
-    cursor.accept("TABLE")
+    plain = not cursor.accept("TABLE")
     table = cursor.table()
-    kind = st.ShowKind.HISTORY if cursor.accept("HISTORY") else st.ShowKind.DESCRIBE
+    kind = st.ShowKind.COLUMNS if plain else st.ShowKind.DESCRIBE
+    if cursor.accept("HISTORY"):
+        kind = st.ShowKind.HISTORY
     cursor.end()
     return st.Show(cursor.sql, kind, table)
 

@@ -6,7 +6,7 @@ import difflib
 from dataclasses import dataclass
 from typing import Any
 
-from kalamdb.catalog import (
+from kalamdb.alter import (
     AddColumn,
     AlterChange,
     ColumnSpec,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence, Set
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from typing import Any, Protocol
 
@@ -15,10 +15,13 @@ from kalamdb.errors import Denied, InvalidRequest, NotFound
 from kalamdb.result import Result, RowsFirst
 from kalamdb.schema import DataType, TypeName
 from kalamdb.sql import statements as st
-from kalamdb.sql.analyse import exact_decimals, referenced_tables, render
+from kalamdb.sql.analyse import analyse_text, referenced_tables
 from kalamdb.sql.caller import Caller, denied, may_read
+from kalamdb.sql.decimals import exact_decimals
 from kalamdb.sql.engine import Engine, QueryRun, TableSource, scrub_plan
-from kalamdb.sql.tokens import Token, TokenKind, tokenize
+from kalamdb.sql.projection import plain_stars, quote
+from kalamdb.sql.render import render
+from kalamdb.sql.tokens import tokenize
 from kalamdb.tables.codec import Stored
 from kalamdb.tables.layout import Layout, Row
 from kalamdb.tables.read import scan_columns, scan_plan
@@ -42,14 +45,30 @@ class SystemTables(Protocol):
         """Its rows now."""
         ...
 
+    def write_refusal(self, verb: str, table_id: TableId) -> Exception:
+        """The error for a statement that would change one."""
+        ...
+
 
 @dataclass(slots=True)
 class Query:
-    """A query that is ready to run: text, sources, and what must be released after it."""
+    """A query that is ready to run: its text and what it reads."""
 
     sql: str
     sources: list[TableSource] = field(default_factory=list)
     views: dict[tuple[str, str], str] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Reads:
+    """What a query reads, through views too."""
+
+    entries: dict[TableId, CatalogEntry] = field(default_factory=dict)
+    system: dict[TableId, None] = field(default_factory=dict)
+    views: dict[TableId, st.Select] = field(default_factory=dict)
+    """Innermost first."""
+    specials: set[str] = field(default_factory=set)
+    deleted_in_where: bool = False
 
 
 class Reader:
@@ -78,9 +97,10 @@ class Reader:
     def open(self, statement: st.Select, caller: Caller, transaction: Transaction | None, stack: ExitStack) -> QueryRun:
         """A running SELECT; what it reads stays until `stack` closes."""
         query = Query("")
-        self._collect(query, statement.tables, statement, caller, transaction, stack, 0)
-        sql = self._expand_stars(statement, caller) if statement.specials else statement.sql
-        query.sql = render(sql, caller.parameter_sql, caller.function_sql)
+        reads = _Reads()
+        self._follow(reads, statement.tables, statement, caller, 0)
+        self._gather(query, reads, caller, transaction, stack)
+        query.sql = render(self._plain_stars(statement, reads, caller), caller.parameter_sql, caller.function_sql)
         if statement.explain:
             query.sql = f"EXPLAIN {'ANALYZE ' if statement.analyze else ''}{query.sql}"
         return self.run(query, caller)
@@ -96,6 +116,18 @@ class Reader:
             cancelled=caller.cancelled,
         )
 
+    def views_of(self, statement: st.Select, caller: Caller) -> frozenset[TableId]:
+        """The views that a query reads, also through others."""
+        reads = _Reads()
+        self._follow(reads, statement.tables, statement, caller, 0)
+        return frozenset(reads.views)
+
+    def columns(self, view_id: TableId, statement: st.Select, caller: Caller) -> pa.Schema:
+        """The columns of a view; raises what its SELECT raises."""
+        with ExitStack() as stack:
+            inner = replace(caller, namespace=view_id.namespace, params=None)
+            return self.open(statement, inner, None, stack).schema
+
     def resolve(self, name: st.TableName, caller: Caller) -> TableId:
         """The full name of a table as the caller means it."""
         return TableId(name.namespace or caller.namespace, name.name)
@@ -104,58 +136,70 @@ class Reader:
         """The table that a statement names. Raises NotFound."""
         return self._catalog.require(self.resolve(name, caller))
 
-    def _collect(
+    def refuse_system(self, verb: str, table_id: TableId) -> None:
+        """Raise InvalidRequest when `verb` (insert, update, delete, alter, drop, truncate) meets a system table."""
+        if self._system.find(table_id) is not None:
+            raise self._system.write_refusal(verb, table_id)
+
+    def _follow(
         self,
-        query: Query,
+        reads: _Reads,
         names: Sequence[st.TableName],
         statement: st.Select | None,
         caller: Caller,
-        transaction: Transaction | None,
-        stack: ExitStack,
         depth: int,
     ) -> None:
-        """Add the sources of `names`: tables at one moment, system tables, views with what they read."""
+        """Add what `names` stand for; `statement` is the query that names them."""
         if depth > _VIEW_DEPTH_MAX:
-            raise InvalidRequest(f"views are nested more than {_VIEW_DEPTH_MAX} deep")
-        entries: dict[TableId, CatalogEntry] = {}
-        views: list[TableId] = []
-        known = {(source.namespace, source.name) for source in query.sources}
+            raise InvalidRequest(f"views are nested more than {_VIEW_DEPTH_MAX} deep, or one reads itself")
+        if statement is not None:
+            reads.specials |= statement.specials
+            reads.deleted_in_where |= statement.deleted_in_where
         for table_id in dict.fromkeys(self.resolve(name, caller) for name in names):
-            if (table_id.namespace, table_id.name) in known:
-                continue
             if self._system.find(table_id) is not None:
-                query.sources.append(self._system_source(table_id, caller))
-            elif self._catalog.view(table_id) is not None:
-                views.append(table_id)
+                self._check_system(table_id, caller)
+                reads.system[table_id] = None
+            elif (view := self._catalog.view(table_id)) is not None:
+                inner = analyse_text(view.sql)
+                self._follow(reads, inner.tables, inner, replace(caller, namespace=view.namespace), depth + 1)
+                reads.views.setdefault(table_id, inner)
             else:
                 entry = self._catalog.require(table_id)
                 if not may_read(caller, entry.definition):
                     raise denied(caller, "read", entry.definition)
-                entries[table_id] = entry
-        for table_id in views:
-            view = self._catalog.view(table_id)
-            assert view is not None
-            inner = Caller(caller.user, caller.role, view.namespace, None, caller.deadline, caller.cancelled)
-            self._collect(query, referenced_tables(view.sql), None, inner, transaction, stack, depth + 1)
-            query.views[(view.namespace, view.name)] = _qualified(
-                render(view.sql, _no_params, caller.function_sql), view.namespace
-            )
-        if entries:
-            query.sources += self._table_sources(list(entries.values()), statement, caller, transaction, stack)
+                reads.entries[table_id] = entry
 
-    def _system_source(self, table_id: TableId, caller: Caller) -> TableSource:
+    def _gather(
+        self, query: Query, reads: _Reads, caller: Caller, transaction: Transaction | None, stack: ExitStack
+    ) -> None:
+        """Sources of all that a query reads, its tables at one moment."""
+        query.sources += [TableSource(one.namespace, one.name, self._system.table(one)) for one in reads.system]
+        for view_id, statement in reads.views.items():
+            text = _qualified(render(statement.sql, _no_params, caller.function_sql), view_id.namespace)
+            qualified = replace(statement, sql=text)
+            query.views[(view_id.namespace, view_id.name)] = self._plain_stars(qualified, reads, caller)
+        if reads.entries:
+            query.sources += self._table_sources(list(reads.entries.values()), reads, caller, transaction, stack)
+
+    def _plain_stars(self, statement: st.Select, reads: _Reads, caller: Caller) -> str:
+        """The text in which `*` stands for the tables' own columns although their sources have system columns."""
+        if not reads.specials and ".*" not in statement.sql:
+            return statement.sql
+
+        def is_table(namespace: str | None, name: str) -> bool:
+            own = namespace is not None or name not in statement.ctes
+            return own and self.resolve(st.TableName(namespace, name), caller) in reads.entries
+
+        return plain_stars(statement.sql, tokenize(statement.sql), is_table, sorted(reads.specials))
+
+    def _check_system(self, table_id: TableId, caller: Caller) -> None:
         if table_id.namespace == "system" and not caller.has(Role.DBA):
             raise Denied(f"Admin privileges required to read '{table_id}', the caller has role {caller.role}")
-        return TableSource(table_id.namespace, table_id.name, self._system.table(table_id))
-
-    def add_system(self, query: Query, table_id: TableId, caller: Caller) -> None:
-        """Let a prepared query read a system table. Raises Denied."""
-        query.sources.append(self._system_source(table_id, caller))
 
     def _table_sources(
         self,
         entries: Sequence[CatalogEntry],
-        statement: st.Select | None,
+        reads: _Reads,
         caller: Caller,
         transaction: Transaction | None,
         stack: ExitStack,
@@ -166,7 +210,6 @@ class Reader:
             point = transaction.moment.read(wanted)
         else:
             point = stack.enter_context(self._store.read_point(wanted))
-        specials = statement.specials if statement is not None else frozenset()
         sources = []
         for entry, scope in wanted:
             uid = entry.definition.uid
@@ -176,9 +219,9 @@ class Reader:
                     entry.definition.namespace,
                     entry.definition.name,
                     scan_plan(self._store, point.view(uid), overlay),
-                    with_seq="_seq" in specials,
-                    with_deleted="_deleted" in specials,
-                    include_deleted=statement is not None and statement.deleted_in_where,
+                    with_seq="_seq" in reads.specials,
+                    with_deleted="_deleted" in reads.specials,
+                    include_deleted=reads.deleted_in_where,
                 )
             )
         return sources
@@ -199,7 +242,9 @@ class Reader:
         with ExitStack() as stack:
             query = Query("")
             others = [name for name in tables if self.resolve(name, caller) != definition.table_id]
-            self._collect(query, others, None, caller, transaction, stack, 0)
+            reads = _Reads()
+            self._follow(reads, others, None, caller, 0)
+            self._gather(query, reads, caller, transaction, stack)
             scope = caller.scope(definition)
             if transaction is not None:
                 view = transaction.moment.read([(entry, scope)]).view(definition.uid)
@@ -208,16 +253,21 @@ class Reader:
                 view = stack.enter_context(self._store.read_point([(entry, scope)])).view(definition.uid)
                 overlay = None
             plan = scan_plan(self._store, view, overlay)
-            query.sources.append(TableSource(definition.namespace, definition.name, plan, with_seq=True, with_key=True))
-            quoted = _quote(alias)
+            with_deleted = "_deleted" in where.lower()
+            query.sources.append(
+                TableSource(
+                    definition.namespace, definition.name, plan, with_seq=True, with_key=True, with_deleted=with_deleted
+                )
+            )
+            quoted = quote(alias)
             items = [
                 f"{quoted}._key",
                 f"{quoted}._seq",
-                *(f"{quoted}.{_quote(column.name)}" for column in definition.columns),
+                *(f"{quoted}.{quote(column.name)}" for column in definition.columns),
             ]
             items += [f"({expression}) AS _new{at}" for at, expression in enumerate(expressions)]
             text = (
-                f"SELECT {', '.join(items)} FROM {_quote(definition.namespace)}.{_quote(definition.name)} AS {quoted} "
+                f"SELECT {', '.join(items)} FROM {quote(definition.namespace)}.{quote(definition.name)} AS {quoted} "
                 f"WHERE {where}"
             )
             query.sql = render(text, caller.parameter_sql, caller.function_sql)
@@ -242,7 +292,7 @@ class Reader:
             query.sources.append(
                 TableSource(caller.namespace, name, pa.Table.from_arrays(columns, schema=pa.schema(fields)))
             )
-            names.append(_quote(name))
+            names.append(quote(name))
         source = ""
         if names:
             source = f" FROM {names[0]}" + "".join(
@@ -251,9 +301,10 @@ class Reader:
             order = f" ORDER BY {names[0]}._row"
         else:
             order = ""
-        text = f"SELECT {items}{source}{' WHERE ' + where if where else ''}{order}"
-        for found in referenced_tables(f"SELECT {items}"):
+        for found in referenced_tables(f"SELECT {items}{' WHERE ' + where if where else ''}"):
             raise InvalidRequest(f"a sub-query over '{found.name}' cannot stand here")
+        text = f"SELECT {items}{source}{' WHERE ' + where if where else ''}{order}"
+        text = plain_stars(text, tokenize(text), lambda namespace, name: True, ["_row"]) if "*" in items else text
         query.sql = render(text, caller.parameter_sql, caller.function_sql)
         return self.run(query, caller).table(self._result_bytes_max)
 
@@ -281,15 +332,6 @@ class Reader:
             return None
         row = Writer(self._store, entry, caller.scope(definition), transaction).get(values)
         return _found(layout, projection, row)
-
-    def _expand_stars(self, statement: st.Select, caller: Caller) -> str:
-        """`*` as the table's own columns, so that naming `_seq` does not add it twice."""
-        if len(statement.tables) != 1:
-            return statement.sql
-        entry = self._catalog.table(self.resolve(statement.tables[0], caller))
-        if entry is None:
-            return statement.sql
-        return _replace_stars(statement.sql, [column.name for column in entry.definition.columns])
 
 
 def _decimal_columns(sources: Sequence[TableSource]) -> Set[str]:
@@ -362,10 +404,6 @@ def _no_params(key: int | str) -> str:
     raise InvalidRequest(f"a view cannot hold parameter {key}")
 
 
-def _quote(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'
-
-
 def _qualified(sql: str, namespace: str) -> str:
     """A view's text with its own namespace on unqualified tables."""
     import sqlglot
@@ -377,28 +415,3 @@ def _qualified(sql: str, namespace: str) -> str:
         if isinstance(table.this, exp.Identifier) and not table.args.get("db") and table.name not in ctes:
             table.set("db", exp.to_identifier(namespace, quoted=True))
     return str(tree.sql(dialect="postgres"))
-
-
-def _replace_stars(sql: str, columns: Sequence[str]) -> str:
-    tokens = tokenize(sql)
-    pieces: list[str] = []
-    previous = 0
-    for at, token in enumerate(tokens):
-        if token.text != "*" or not _is_star(tokens, at):
-            continue
-        qualifier = ""
-        start = token.start
-        if tokens[at - 1].text == ".":
-            qualifier = sql[tokens[at - 2].start : tokens[at - 1].end]
-            start = tokens[at - 2].start
-        pieces += [sql[previous:start], ", ".join(qualifier + _quote(column) for column in columns)]
-        previous = token.end
-    return "".join(pieces) + sql[previous:]
-
-
-def _is_star(tokens: Sequence[Token], at: int) -> bool:
-    before = tokens[at - 1]
-    after = tokens[at + 1] if at + 1 < len(tokens) else None
-    starts = before.upper in ("SELECT", "DISTINCT", "ALL") or before.text in (",", ".")
-    ends = after is None or after.upper == "FROM" or (after.kind is TokenKind.SYMBOL and after.text in (",", ")"))
-    return starts and ends

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime as dt
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -15,15 +14,16 @@ from kalamdb.clock import Clock, ulid, uuid_v7
 from kalamdb.errors import InvalidRequest
 from kalamdb.result import Result
 from kalamdb.sql import statements as st
-from kalamdb.sql.analyse import sql_literal
+from kalamdb.sql.analyse import analyse_text
 from kalamdb.sql.caller import Caller, denied, may_write
+from kalamdb.sql.projection import quote
 from kalamdb.sql.query import Reader, key_values
 from kalamdb.tables.codec import Stored
 from kalamdb.tables.layout import KEY, SEQ, Layout, Row
 from kalamdb.tables.read import scan_columns
 from kalamdb.tables.store import TableStore
 from kalamdb.tables.transaction import Change, ChangeGroup, Transaction
-from kalamdb.tables.write import Defaults, OnConflict, Validate, Writer, insert_columns
+from kalamdb.tables.write import Defaults, Merge, OnConflict, Validate, Writer, insert_columns, snowflake_id
 from kalamdb.types import Scope, TableKind
 
 _CALL = re.compile(r"(NOW|CURRENT_TIMESTAMP|SNOWFLAKE_ID|UUID_V7|ULID|CURRENT_USER)\s*(\(\s*\))?\Z", re.IGNORECASE)
@@ -43,7 +43,7 @@ class Rows:
 
     def insert(self, statement: st.Insert, caller: Caller, transaction: Transaction | None) -> Result:
         """Run an INSERT."""
-        entry = self._writable(statement.table, caller)
+        entry = self._writable("insert", statement.table, caller)
         layout = self._store.layout(entry.definition)
         indexes = _column_indexes(entry, statement.columns)
         defaults = Defaults(self._store.backend, self._clock, caller.user)
@@ -52,11 +52,11 @@ class Rows:
         else:
             assert statement.rows is not None
             rows = self._stated_rows(layout, indexes, statement.rows, caller, defaults)
-        on_conflict, merge = self._conflict(entry, layout, statement.conflict, caller)
+        on_conflict, merge = self._conflict(entry, layout, statement, caller, defaults)
         validate = self.checker(entry, caller)
         writer = Writer(self._store, entry, caller.scope(entry.definition), transaction)
         written = writer.insert(rows, on_conflict, merge, validate)
-        return self._answer("Inserted", entry, layout, written.count, written.rows, statement.returning, caller)
+        return self._answer("Inserted", statement, layout, written.count, written.rows, caller)
 
     def _stated_rows(
         self,
@@ -115,7 +115,7 @@ class Rows:
             return _UNKNOWN
         match name:
             case "NOW" | "CURRENT_TIMESTAMP":
-                return _moment(self._clock.now_ms())
+                return caller.now
             case "CURRENT_USER":
                 return caller.user
             case "UUID_V7":
@@ -123,8 +123,7 @@ class Rows:
             case "ULID":
                 return _PerRow(lambda: ulid(self._clock))
             case _:
-                backend, clock = self._store.backend, self._clock
-                return _PerRow(lambda: clock.now_ms() << 22 | backend.next_numbers("snowflake") & 0x3F_FFFF)
+                return _PerRow(lambda: snowflake_id(self._store.backend, self._clock))
 
     def _queried_rows(
         self,
@@ -154,8 +153,9 @@ class Rows:
         return rows
 
     def _conflict(
-        self, entry: CatalogEntry, layout: Layout, clause: st.ConflictClause | None, caller: Caller
-    ) -> tuple[OnConflict, Callable[[Row, Row], Row | None] | None]:
+        self, entry: CatalogEntry, layout: Layout, statement: st.Insert, caller: Caller, defaults: Defaults
+    ) -> tuple[OnConflict, Merge | None]:
+        clause = statement.conflict
         if clause is None:
             return OnConflict.ERROR, None
         if entry.definition.kind is TableKind.STREAM:
@@ -171,44 +171,61 @@ class Rows:
             return OnConflict.IGNORE, None
         self._check_assigned(entry, layout, [column for column, _ in clause.assignments])
 
-        def merge(stored: Row, proposed: Row) -> Row | None:
-            return self._merged(entry, layout, clause, stored, proposed, caller)
+        def merge(pairs: Sequence[tuple[Row, Row]]) -> Sequence[Row | None]:
+            return self._merged(layout, statement.alias, clause, pairs, caller, defaults)
 
         return OnConflict.UPDATE, merge
 
     def _merged(
-        self, entry: CatalogEntry, layout: Layout, clause: st.ConflictClause, stored: Row, proposed: Row, caller: Caller
-    ) -> Row | None:
-        row = list(stored)
+        self,
+        layout: Layout,
+        alias: str,
+        clause: st.ConflictClause,
+        pairs: Sequence[tuple[Row, Row]],
+        caller: Caller,
+        defaults: Defaults,
+    ) -> Sequence[Row | None]:
+        """DO UPDATE over (stored, proposed) rows, the expressions of all of them in one query."""
+        rows = [list(stored) for stored, _ in pairs]
         later: list[tuple[int, str]] = []
         for column, value in clause.assignments:
             at = layout.index_of_name[column]
-            if not isinstance(value, st.EngineExpr):
-                row[at] = layout.codecs[at].store(caller.bind(value), where=f"column '{column}'")
+            codec, where = layout.codecs[at], f"column '{column}'"
+            if isinstance(value, st.DefaultMarker):
+                for row in rows:
+                    row[at] = defaults.value(layout.columns[at].default, layout.columns[at])
+            elif not isinstance(value, st.EngineExpr):
+                constant = codec.store(caller.bind(value), where=where)
+                for row in rows:
+                    row[at] = constant
             elif (match := _EXCLUDED.match(value.sql)) and match.group(1).lower() in layout.index_of_name:
                 source = layout.index_of_name[match.group(1).lower()]
-                loaded = layout.codecs[source].load(proposed[source])
-                row[at] = layout.codecs[at].store(loaded, where=f"column '{column}'")
+                for row, (_, proposed) in zip(rows, pairs, strict=True):
+                    row[at] = codec.store(layout.codecs[source].load(proposed[source]), where=where)
             else:
                 later.append((at, value.sql))
+        chosen: Sequence[int] = range(len(rows))
         if later or clause.where is not None:
-            items = ", ".join(f"({sql}) AS v{number}" for number, (_, sql) in enumerate(later)) or "1 AS v0"
-            name = entry.definition.name
-            tables = [(name, [stored]), ("excluded", [proposed])]
+            items = ", ".join([f"{quote(alias)}._row", *(f"({sql}) AS v{at}" for at, (_, sql) in enumerate(later))])
+            tables = [(alias, [stored for stored, _ in pairs]), ("excluded", [proposed for _, proposed in pairs])]
             table = self._reader.evaluate(items, layout, tables, caller, where=clause.where or "")
-            if not table.num_rows:
-                return None
-            for (at, _), value in zip(later, Result(table).rows[0], strict=False):
-                row[at] = layout.codecs[at].store(value, where=f"column '{layout.columns[at].name}'")
-        merged = tuple(row)
-        refuse_nulls(layout, [merged])
+            chosen = table.column(0).to_pylist()
+            for number, (at, _) in enumerate(later, 1):
+                codec, where = layout.codecs[at], f"column '{layout.columns[at].name}'"
+                values = codec.from_arrow(codec.coerce(table.column(number), where=where))
+                for index, stored in zip(chosen, values, strict=True):
+                    rows[index][at] = stored
+        merged: list[Row | None] = [None] * len(rows)
+        for index in chosen:
+            merged[index] = tuple(rows[index])
+        refuse_nulls(layout, [row for row in merged if row is not None])
         return merged
 
     # UPDATE and DELETE
 
     def update(self, statement: st.Update, caller: Caller, transaction: Transaction | None) -> Result:
         """Run an UPDATE."""
-        entry = self._writable(statement.table, caller)
+        entry = self._writable("update", statement.table, caller)
         if entry.definition.kind is TableKind.STREAM:
             raise InvalidRequest(
                 f"UPDATE is not supported on STREAM table '{entry.definition.table_id}'; its rows never change"
@@ -221,10 +238,18 @@ class Rows:
         simple = self._simple_merge(layout, statement.assignments, caller) if values is not None else None
         if values is not None and simple is not None:
             written = writer.update_key(values, simple, validate)
-            return self._answer("Updated", entry, layout, written.count, written.rows, statement.returning, caller)
+            return self._answer("Updated", statement, layout, written.count, written.rows, caller)
         rows: list[Row] = []
-        expressions = [_expression(value, caller) for _, value in statement.assignments]
-        targets = [layout.index_of_name[column] for column, _ in statement.assignments]
+        assigned = [(layout.index_of_name[column], value) for column, value in statement.assignments]
+        to_default = [at for at, value in assigned if isinstance(value, st.DefaultMarker)]
+        targets = [at for at, value in assigned if isinstance(value, st.EngineExpr)]
+        expressions = [value.sql for _, value in assigned if isinstance(value, st.EngineExpr)]
+        constants = {
+            at: layout.codecs[at].store(caller.bind(value), where=f"column '{layout.columns[at].name}'")
+            for at, value in assigned
+            if not isinstance(value, (st.EngineExpr, st.DefaultMarker))
+        }
+        defaults = Defaults(self._store.backend, self._clock, caller.user)
 
         def decide() -> ChangeGroup:
             rows.clear()
@@ -239,6 +264,10 @@ class Rows:
                 row = list(old)
                 for target, column in zip(targets, fresh, strict=True):
                     row[target] = column[at]
+                for target, constant in constants.items():
+                    row[target] = constant
+                for target in to_default:
+                    row[target] = defaults.value(layout.columns[target].default, layout.columns[target])
                 if tuple(row) != old:
                     group.changes.append(Change(key, tuple(row), seq))
                     rows.append(tuple(row))
@@ -248,35 +277,40 @@ class Rows:
             return group
 
         writer.apply(decide)
-        return self._answer("Updated", entry, layout, len(rows), rows, statement.returning, caller)
+        return self._answer("Updated", statement, layout, len(rows), rows, caller)
 
     def delete(self, statement: st.Delete, caller: Caller, transaction: Transaction | None) -> Result:
         """Run a DELETE."""
-        entry = self._writable(statement.table, caller)
-        if entry.definition.kind is TableKind.STREAM:
-            raise InvalidRequest(
-                f"DELETE is not supported on STREAM table '{entry.definition.table_id}'; its rows leave by TTL_SECONDS"
-            )
+        entry = self._writable("delete", statement.table, caller)
         layout = self._store.layout(entry.definition)
         writer = Writer(self._store, entry, caller.scope(entry.definition), transaction)
-        values = key_values(layout, statement.key, caller) if statement.key is not None else None
+        is_stream = entry.definition.kind is TableKind.STREAM
+        values = key_values(layout, statement.key, caller) if statement.key is not None and not is_stream else None
         if values is not None:
             written = writer.delete_key(values)
-            return self._answer("Deleted", entry, layout, written.count, written.rows, statement.returning, caller)
+            return self._answer("Deleted", statement, layout, written.count, written.rows, caller)
         rows: list[Row] = []
 
-        def decide() -> ChangeGroup:
+        def choose() -> tuple[list[tuple[bytes, int]], int]:
             found, manifest = self._reader.changes_of(
                 entry, statement.alias, (), statement.where, statement.tables, caller, transaction
             )
             rows[:] = _stored_rows(layout, found)
+            pairs = zip(found.column(KEY).to_pylist(), found.column(SEQ).to_pylist(), strict=True)
+            return list(pairs), manifest
+
+        def decide() -> ChangeGroup:
+            chosen, manifest = choose()
             group = ChangeGroup(entry, (writer.scope,), manifest)
-            for key, seq, row in zip(found.column(KEY).to_pylist(), found.column(SEQ).to_pylist(), rows, strict=True):
+            for (key, seq), row in zip(chosen, rows, strict=True):
                 group.changes.append(Change(key, None, seq, row))
             return group
 
-        writer.apply(decide)
-        return self._answer("Deleted", entry, layout, len(rows), rows, statement.returning, caller)
+        if is_stream:
+            writer.remove(choose()[0])
+        else:
+            writer.apply(decide)
+        return self._answer("Deleted", statement, layout, len(rows), rows, caller)
 
     def _simple_merge(
         self, layout: Layout, assignments: Sequence[tuple[str, st.Expr]], caller: Caller
@@ -338,10 +372,8 @@ class Rows:
 
     # Shared parts
 
-    def _writable(self, name: st.TableName, caller: Caller) -> CatalogEntry:
-        table_id = self._reader.resolve(name, caller)
-        if table_id.namespace in ("system", "information_schema"):
-            raise InvalidRequest(f"Cannot write system table '{table_id}'; it shows what other statements do")
+    def _writable(self, verb: str, name: st.TableName, caller: Caller) -> CatalogEntry:
+        self._reader.refuse_system(verb, self._reader.resolve(name, caller))
         entry = self._reader.entry(name, caller)
         if not may_write(caller, entry.definition):
             raise denied(caller, "write", entry.definition)
@@ -373,20 +405,23 @@ class Rows:
     def _answer(
         self,
         verb: str,
-        entry: CatalogEntry,
+        statement: st.Insert | st.Update | st.Delete,
         layout: Layout,
         count: int,
         rows: Sequence[Row],
-        returning: str | None,
         caller: Caller,
     ) -> Result:
         message = f"{verb} {count} row(s)"
-        if returning is None:
+        if statement.returning is None:
             return Result(row_count=count, message=message)
-        if returning.strip() == "*":
+        if statement.returning.strip() == "*":
             schema = pa.schema([column.field for column in scan_columns(layout)])
             return Result(pa.Table.from_arrays(layout.arrow_columns(rows), schema=schema), message=message)
-        table = self._reader.evaluate(returning, layout, [(entry.definition.name, rows)], caller)
+        asked = analyse_text(f"SELECT {statement.returning}")
+        if asked.specials:
+            raise InvalidRequest(f"RETURNING cannot name {', '.join(sorted(asked.specials))}: SELECT it afterwards")
+        items = asked.sql.removeprefix("SELECT")
+        table = self._reader.evaluate(items, layout, [(statement.alias, rows)], caller)
         return Result(table, message=message)
 
     # Bulk insert
@@ -447,20 +482,8 @@ class _PerRow:
 _UNKNOWN = object()
 
 
-def _moment(now_ms: int) -> dt.datetime:
-    return dt.datetime(1970, 1, 1) + dt.timedelta(milliseconds=now_ms)
-
-
 def _is_integer(layout: Layout, at: int) -> bool:
     return bool(pa.types.is_integer(layout.codecs[at].physical))
-
-
-def _expression(value: st.Expr, caller: Caller) -> str:
-    if isinstance(value, st.EngineExpr):
-        return value.sql
-    if isinstance(value, st.DefaultMarker):
-        raise InvalidRequest("SET column = DEFAULT needs a WHERE by primary key")
-    return sql_literal(caller.bind(value))
 
 
 def _column_indexes(entry: CatalogEntry, columns: Sequence[str] | None) -> list[int]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import count
 from threading import Lock
-from typing import Any, Protocol, assert_never
+from typing import Any, Protocol
 
 from kalamdb.clock import Clock
 from kalamdb.errors import Conflict, InvalidRequest, KalamDbError
@@ -33,6 +34,18 @@ class StatementRunner(Protocol):
     def run(self, statement: Any, caller: Caller) -> Result:
         """Run one statement; the role of the caller was checked."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class OpenTransaction:
+    """A transaction that has begun, as system.transactions shows it."""
+
+    number: int
+    owner: str
+    origin: str
+    """SqlBatch for BEGIN ... COMMIT, Api for db.transaction()."""
+    began_s: float
+    transaction: Transaction
 
 
 class Session:
@@ -64,7 +77,8 @@ class Session:
         self._cache_lock = Lock()
         self._transaction_timeout_s = transaction_timeout_s
         self._transaction_bytes_max = transaction_bytes_max
-        self._transactions = 0
+        self._open: dict[int, OpenTransaction] = {}
+        self._begun = count(1)
 
     def execute(self, sql: str, caller: Caller, transaction: Transaction | None = None) -> Result:
         """Run all statements; the last result, with all of them in `.results`.
@@ -94,6 +108,11 @@ class Session:
                     self._cache.popitem(last=False)
         return statements
 
+    @property
+    def plans_cached(self) -> int:
+        """How many texts are kept parsed."""
+        return len(self._cache)
+
     def _run_batch(self, statements: list[st.Statement], caller: Caller, outer: Transaction | None) -> Result:
         results: list[Result] = []
         with ExitStack() as stack:
@@ -101,7 +120,7 @@ class Session:
             for number, statement in enumerate(statements, 1):
                 try:
                     if isinstance(statement, st.TransactionControl):
-                        transaction = self._control(statement, transaction, outer, stack, results)
+                        transaction = self._control(statement, caller, transaction, outer, stack, results)
                     elif isinstance(statement, st.UseNamespace):
                         caller = replace(caller, namespace=self._admin.use(statement))
                         results.append(Result(message=f"Namespace '{statement.name}' selected"))
@@ -121,43 +140,48 @@ class Session:
     def _control(
         self,
         statement: st.TransactionControl,
+        caller: Caller,
         transaction: Transaction | None,
         outer: Transaction | None,
         stack: ExitStack,
         results: list[Result],
     ) -> Transaction | None:
+        verb = statement.verb.upper()
         if outer is not None:
-            raise InvalidRequest(
-                f"{statement.verb.upper()} cannot stand inside db.transaction(); leave the block instead"
-            )
-        match statement.verb:
-            case st.TransactionVerb.BEGIN:
-                if transaction is not None:
-                    raise Conflict("a transaction is open already; COMMIT or ROLLBACK it first")
-                self._transactions += 1
-                results.append(Result(message=f"Transaction started ({self._transactions})"))
-                return self.begin(stack)
-            case st.TransactionVerb.COMMIT | st.TransactionVerb.ROLLBACK if transaction is None:
-                raise InvalidRequest(f"{statement.verb.upper()} without BEGIN")
-            case st.TransactionVerb.COMMIT:
-                assert transaction is not None
-                transaction.commit()
-                results.append(Result(message=f"Transaction committed ({self._transactions})"))
-            case st.TransactionVerb.ROLLBACK:
-                assert transaction is not None
-                transaction.rollback()
-                results.append(Result(message=f"Transaction rolled back ({self._transactions})"))
-            case _:
-                assert_never(statement.verb)
+            raise InvalidRequest(f"{verb} cannot stand inside db.transaction(); leave the block instead")
+        if statement.verb is st.TransactionVerb.BEGIN:
+            if transaction is not None:
+                raise Conflict("a transaction is open already; COMMIT or ROLLBACK it first")
+            transaction = self.begin(stack, owner=caller.user, origin="SqlBatch")
+            results.append(Result(message=f"Transaction started ({transaction.number})"))
+            return transaction
+        if transaction is None:
+            raise InvalidRequest(f"{verb} without BEGIN")
+        if statement.verb is st.TransactionVerb.COMMIT:
+            transaction.commit()
+            results.append(Result(message=f"Transaction committed ({transaction.number})"))
+        else:
+            transaction.rollback()
+            results.append(Result(message=f"Transaction rolled back ({transaction.number})"))
         return None
 
-    def begin(self, stack: ExitStack) -> Transaction:
+    def begin(self, stack: ExitStack, *, owner: str, origin: str) -> Transaction:
         """A transaction over the database as it is now; its snapshot lives until `stack` closes."""
         moment = stack.enter_context(self._store.frozen())
-        deadline_s = self._clock.monotonic_s() + self._transaction_timeout_s
-        transaction = Transaction(self._store, moment, bytes_max=self._transaction_bytes_max, deadline_s=deadline_s)
+        began_s = self._clock.monotonic_s()
+        number = next(self._begun)
+        transaction = Transaction(
+            self._store, moment, number=number, bytes_max=self._transaction_bytes_max,
+            deadline_s=began_s + self._transaction_timeout_s,
+        )  # fmt: skip
+        self._open[number] = OpenTransaction(number, owner, origin, began_s, transaction)
+        stack.callback(self._open.pop, number, None)
         stack.callback(transaction.rollback)
         return transaction
+
+    def open_transactions(self) -> list[OpenTransaction]:
+        """The transactions that have begun and not ended, oldest first."""
+        return [one for one in list(self._open.values()) if not one.transaction.ended]
 
     def stream(self, sql: str, caller: Caller, stack: ExitStack) -> QueryRun:
         """A running SELECT whose rows come batch by batch until `stack` closes."""
@@ -168,6 +192,8 @@ class Session:
         return self._reader.open(statements[0], caller, None, stack)
 
     def _run(self, statement: st.Statement, caller: Caller, transaction: Transaction | None) -> Result:
+        if transaction is not None:
+            transaction.check_open()
         match statement:
             case st.Select():
                 return self._reader.select(statement, caller, transaction)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from kalamdb.catalog import AlterChange, ColumnSpec
+from kalamdb.alter import AlterChange, ColumnSpec
 from kalamdb.schema import Check, TableOptions
 from kalamdb.types import TableKind
 
@@ -131,6 +131,7 @@ class CreateView(Statement):
 
     view: TableName
     query: str
+    select: Select
     or_replace: bool
 
 
@@ -168,6 +169,7 @@ class Insert(Statement):
     """INSERT of `rows` or of the rows of `query`. `columns` is None when none are named."""
 
     table: TableName
+    alias: str
     columns: tuple[str, ...] | None
     rows: Sequence[Sequence[Expr]] | None
     query: Select | None
@@ -224,6 +226,7 @@ class Select(Statement):
     tables: tuple[TableName, ...]
     specials: frozenset[str] = frozenset()
     deleted_in_where: bool = False
+    ctes: frozenset[str] = frozenset()
     lookup: KeyLookup | None = None
     explain: bool = False
     analyze: bool = False

@@ -43,6 +43,7 @@ __all__ = [
     "RowOp",
     "Snapshot",
     "StorageBackend",
+    "StreamDelete",
     "StreamRow",
     "UnknownOutcome",
     "record_key",
@@ -204,6 +205,7 @@ class StreamRow(msgspec.Struct, frozen=True, gc=False):
     scope: Scope
     seq: Seq
     payload: bytes
+    bucket: int
 
 
 class RowOp(msgspec.Struct, frozen=True, gc=False):
@@ -236,6 +238,17 @@ class RecordOp(msgspec.Struct, frozen=True, gc=False):
 
 
 @dataclass(frozen=True, slots=True)
+class StreamDelete:
+    """Remove one row of a STREAM table; nothing when it is gone already."""
+
+    table: TableUid
+    bucket: int
+    key: bytes
+    """The scope prefix."""
+    seq: Seq
+
+
+@dataclass(frozen=True, slots=True)
 class Retire:
     """Hot versions of `table` with `_seq` at or below `watermark` are in the cold tier now.
 
@@ -262,6 +275,7 @@ class Batch:
     """STREAM buckets that go: (table, bucket) removes that bucket, by range delete."""
     delete_scopes: list[tuple[TableUid, Scope]] = field(default_factory=list)
     """All hot rows and stream rows of a scope of a table go, by range delete."""
+    delete_stream: list[StreamDelete] = field(default_factory=list)
     jobs: list[JobInsert | JobMove | JobFence] = field(default_factory=list)
     quiet: list[tuple[TableUid, Seq]] = field(default_factory=list)
     """No hot row of the table was written after that `_seq`; else ExpectationFailed(what="quiet").
@@ -276,8 +290,9 @@ class Batch:
 
     def is_empty(self) -> bool:
         """Whether committing would change nothing and check nothing."""
-        deletes = self.delete_tables or self.delete_buckets or self.delete_scopes
-        return not (self.rows or self.retire or self.records or deletes or self.jobs)
+        changes = (self.rows, self.retire, self.records, self.delete_tables, self.delete_buckets)
+        deletes = (self.delete_scopes, self.delete_stream)
+        return not (any(changes) or any(deletes) or self.jobs)
 
 
 @dataclass(frozen=True, slots=True)

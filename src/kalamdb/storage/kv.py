@@ -42,6 +42,7 @@ from kalamdb.storage import (
     Retire,
     RowOp,
     Snapshot,
+    StreamDelete,
     StreamRow,
     keys,
     record_key,
@@ -173,7 +174,7 @@ class Reader:
             assert end is not None
             for key, value in self._kv.scan(prefix, end):
                 owner, _ = keys.split_row_key(key[17:])
-                chunk.append(StreamRow(owner, _NUMBER.unpack(key[-8:])[0], value))
+                chunk.append(StreamRow(owner, _NUMBER.unpack(key[-8:])[0], value, bucket))
                 if len(chunk) >= chunk_rows:
                     yield chunk
                     self._check_open()
@@ -327,6 +328,8 @@ class KvBackend:
                     writes.append((key, _ROW_HEADER.pack(seq_, op.flags) + op.payload))
                 else:
                     writes.append((key + _NUMBER.pack(seq_), op.payload))
+            for gone in batch.delete_stream:
+                writes.append((_stream_key(gone), None))
             for change in batch.records:
                 if not change.check:
                     writes.append(
@@ -615,6 +618,10 @@ def _check_record(op: RecordOp, stored: bytes | None) -> None:
             f"a {kind} record is at version {version}, expected {_expected(op.expect)}",
             what="record", key=op.key, found=version,
         )  # fmt: skip
+
+
+def _stream_key(row: StreamDelete) -> bytes:
+    return _STREAM + _table_key(row.table) + _NUMBER.pack(row.bucket) + row.key + _NUMBER.pack(row.seq)
 
 
 def _expected(expect: Seq) -> str:

@@ -36,6 +36,7 @@ from kalamdb.system.tables import (
     SCHEMAS,
     catalog_tables,
     describe_rows,
+    describe_schema_rows,
     describe_system_rows,
     options_json,
     schema_row,
@@ -186,6 +187,10 @@ class SystemTablesRegistry:
         if found is not None:
             return arrow_table(DESCRIBE, describe_system_rows(found))
         return arrow_table(DESCRIBE, describe_rows(self._catalog.require(table_id).definition))
+
+    def describe_schema(self, schema: pa.Schema) -> pa.Table:
+        """Columns of a query, as of a view, in the shape of DESCRIBE TABLE."""
+        return arrow_table(DESCRIBE, describe_schema_rows(schema))
 
     def history(self, table_id: TableId) -> pa.Table:
         """DESCRIBE TABLE ... HISTORY: all schema versions, oldest first, in the shape of system.schemas."""

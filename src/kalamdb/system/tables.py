@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, Final, assert_never
 
+import pyarrow as pa
+
 from kalamdb.catalog import DEFAULT_NAMESPACE, Catalog, CatalogEntry
 from kalamdb.schema import ColumnDef, DataType, FlushPolicy, TableDef, TypeName
 from kalamdb.system.shape import (
@@ -332,6 +334,21 @@ def describe_system_rows(table: SystemTable) -> Rows:
     """The columns of a system table in the shape of DESCRIBE."""
     for at, column in enumerate(table.columns, 1):
         yield column.name, at, at, str(column.type), column.nullable, False, None, None, 1
+
+
+def describe_schema_rows(schema: pa.Schema) -> Rows:
+    """The columns of a query in the shape of DESCRIBE."""
+    for at, field in enumerate(schema, 1):
+        stated = (field.metadata or {}).get(b"kalam", b"").decode()
+        yield field.name, at, at, stated or _type_text(field.type), True, False, None, None, 1
+
+
+def _type_text(kind: pa.DataType) -> str:
+    """The SQL name of an Arrow type; Arrow's own where SQL has none."""
+    if pa.types.is_decimal(kind):
+        return f"DECIMAL({kind.precision},{kind.scale})"
+    simple = (name for name in TypeName if name not in _WITH_PARAMETERS and physical_type(DataType(name)) == kind)
+    return next(simple, None) or str(kind).upper()
 
 
 def _all_descriptions(catalog: Catalog) -> Rows:

@@ -14,6 +14,7 @@ import msgspec
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from kalamdb.alter import widened
 from kalamdb.errors import Corrupt, InvalidRequest
 from kalamdb.schema import ColumnDef, TableDef
 from kalamdb.storage import HotRow, keys
@@ -118,14 +119,9 @@ def upgrade_row(row: Sequence[Stored], written: Layout, wanted: Layout) -> Row:
     if written.version == wanted.version:
         return tuple(row)
     out: list[Stored] = []
-    for column, codec in zip(wanted.columns, wanted.codecs, strict=True):
+    for column in wanted.columns:
         index = written.index_of_id.get(column.id)
-        if index is None:
-            out.append(column.fill)
-        elif written.columns[index].type == column.type or row[index] is None:
-            out.append(row[index])
-        else:
-            out.append(codec.store(written.codecs[index].load(row[index]), where=f"column '{column.name}'"))
+        out.append(column.fill if index is None else widened(row[index], column.type))
     return tuple(out)
 
 

@@ -24,6 +24,8 @@ _PART_BYTES = 16_384
 _MARK_SCHEMA = pa.schema([pa.field(KEY, pa.binary()), pa.field(SEQ, pa.int64())])
 _TYPED = frozenset({TypeName.UUID, TypeName.JSON, TypeName.FILE, TypeName.EMBEDDING})
 """Types whose Arrow form does not tell them; a result needs the metadata to show them as such."""
+_TEXTS = frozenset({TypeName.UUID, TypeName.JSON, TypeName.FILE})
+"""Types whose stored form is what Arrow holds."""
 
 
 def scan_columns(layout: Layout) -> tuple[ScanColumn, ...]:
@@ -98,7 +100,7 @@ def projections(schema: pa.Schema, layout: Layout) -> tuple[Projection, ...]:
     return tuple(
         Projection(physical_name(column.id))
         if physical_name(column.id) in names
-        else Projection(None, codec.load(column.fill) if column.type.name not in _TYPED else column.fill)
+        else Projection(None, column.fill if column.type.name in _TEXTS else codec.load(column.fill))
         for column, codec in zip(layout.columns, layout.codecs, strict=True)
     )
 
@@ -139,7 +141,8 @@ def _stream_plan(store: TableStore, view: TableView, layout: Layout) -> ScanPlan
             for row in chunk
             if row.seq >= oldest_seq
         ]
-    hot = [HotRow(b"", row.seq, RowFlags.NONE, row.payload) for row in rows]
+    # The key of a stream's row is its bucket: with `_seq` and the scope it says which row is meant.
+    hot = [HotRow(row.bucket.to_bytes(8, "big"), row.seq, RowFlags.NONE, row.payload) for row in rows]
     batch = rows_to_batch(hot, store.layout_of(view.definition.uid), layout)
     part = MemoryPart(
         (batch,), layout.schema, projections(layout.schema, layout), has_tombstones=False, has_hidden=False

@@ -192,9 +192,12 @@ class Transaction:
     `moment` is the snapshot of its beginning. Ends once: by `commit` or `rollback`.
     """
 
-    def __init__(self, store: TableStore, moment: Moment, *, bytes_max: int, deadline_s: float) -> None:
+    def __init__(self, store: TableStore, moment: Moment, *, number: int, bytes_max: int, deadline_s: float) -> None:
         self._store = store
         self.moment = moment
+        self.number = number
+        self.used_s = store.clock.monotonic_s()
+        """When it was used last, on the monotonic clock."""
         self._bytes_max = bytes_max
         self._bytes = 0
         self._deadline_s = deadline_s
@@ -206,9 +209,16 @@ class Transaction:
         """Raise Closed after the end, Timeout-like LimitExceeded after the time allowed."""
         if self.ended:
             raise Closed("the transaction has ended; begin a new one")
-        if self._store.clock.monotonic_s() > self._deadline_s:
+        self.used_s = self._store.clock.monotonic_s()
+        if self.used_s > self._deadline_s:
             self.rollback()
             raise LimitExceeded("the transaction was rolled back: it took longer than transaction_timeout_secs allows")
+
+    @property
+    def writes(self) -> tuple[int, int, int]:
+        """Keys written, bytes of changes, tables written."""
+        overlays = list(self._overlays.values())
+        return sum(len(one.changes) for one in overlays), self._bytes, len({uid for uid, _ in list(self._overlays)})
 
     def overlay(self, uid: TableUid, scope: Scope) -> Overlay | None:
         """Own writes of a table and scope."""

@@ -5,6 +5,7 @@ What is here decides what each row replaces; `transaction` commits it or keeps i
 
 from __future__ import annotations
 
+import datetime as dt
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -16,7 +17,7 @@ from kalamdb.catalog import CatalogEntry
 from kalamdb.clock import Clock, seq_to_ms, ulid, uuid_v7
 from kalamdb.errors import InvalidRequest, UniqueViolation
 from kalamdb.schema import ColumnDef, Default, DefaultFunction, TypeName
-from kalamdb.storage import ABSENT, Batch, ExpectationFailed, RowOp, StorageBackend, keys
+from kalamdb.storage import ABSENT, Batch, ExpectationFailed, RowOp, StorageBackend, StreamDelete, keys
 from kalamdb.tables.bulk import Checked, SegmentDraft, commit_drafts, existing, sort_by_key, with_flags
 from kalamdb.tables.codec import Stored, column_codec
 from kalamdb.tables.layout import FLAGS, KEY, SEQ, Layout, Row
@@ -43,8 +44,8 @@ class OnConflict(StrEnum):
     UPDATE = "update"
 
 
-Merge = Callable[[Row, Row], Row | None]
-"""(stored row, proposed row) -> the row to store, None to leave the stored one."""
+Merge = Callable[[Sequence[tuple[Row, Row]]], Sequence[Row | None]]
+"""(stored row, proposed row) each -> the rows to store, None to leave the stored one."""
 
 Validate = Callable[[Sequence[Row]], None]
 """Raises InvalidRequest for the first row that breaks a CHECK."""
@@ -73,7 +74,7 @@ class Defaults:
             case DefaultFunction.NOW:
                 return self._now(column)
             case DefaultFunction.SNOWFLAKE_ID:
-                return self._snowflake()
+                return snowflake_id(self._backend, self._clock)
             case DefaultFunction.UUID_V7:
                 return uuid_v7(self._clock)
             case DefaultFunction.ULID:
@@ -92,12 +93,12 @@ class Defaults:
             case TypeName.TIMESTAMP | TypeName.DATETIME | TypeName.BIGINT:
                 return self._now_us
             case _:
-                return column_codec(column).load(None) or str(self._clock.now_ms())
+                return (dt.datetime(1970, 1, 1) + dt.timedelta(microseconds=self._now_us)).isoformat(" ")
 
-    def _snowflake(self) -> int:
-        """41 bits of ms since 1970, 10 of the node, 12 of a counter (surface reference 3.11)."""
-        number = self._backend.next_numbers("snowflake")
-        return (self._clock.now_ms() << 22) | (number & 0x3F_FFFF)
+
+def snowflake_id(backend: StorageBackend, clock: Clock) -> int:
+    """41 bits of ms since 1970, 10 of the node, 12 of a counter (surface reference 3.11)."""
+    return (clock.now_ms() << 22) | (backend.next_numbers("snowflake") & 0x3F_FFFF)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,8 +170,10 @@ class Writer:
             written.clear()
             current, manifest = self.current(row_keys)
             group = ChangeGroup(self.entry, (self.scope,), manifest)
-            for key, row, (seq, stored) in zip(row_keys, rows, current, strict=True):
-                merged = self._resolve(row, stored, on_conflict, merge)
+            stored_rows = [stored for _, stored in current]
+            for key, merged, (seq, _) in zip(
+                row_keys, self._resolve(rows, stored_rows, on_conflict, merge), current, strict=True
+            ):
                 if merged is not None:
                     group.changes.append(Change(key, merged, seq))
                     written.append(merged)
@@ -195,17 +198,27 @@ class Writer:
                 )
             seen.add(key)
 
-    def _resolve(self, row: Row, stored: Row | None, on_conflict: OnConflict, merge: Merge | None) -> Row | None:
-        if stored is None:
-            return row
+    def _resolve(
+        self, rows: Sequence[Row], stored: Sequence[Row | None], on_conflict: OnConflict, merge: Merge | None
+    ) -> list[Row | None]:
+        """What to store of each row; None for nothing."""
+        out: list[Row | None] = list(rows)
+        met = [(at, old) for at, old in enumerate(stored) if old is not None]
+        if not met:
+            return out
         match on_conflict:
             case OnConflict.ERROR:
-                raise self._violation(row)
+                raise self._violation(rows[met[0][0]])
             case OnConflict.IGNORE:
-                return None
+                for at, _ in met:
+                    out[at] = None
+            case OnConflict.UPDATE if merge is not None:
+                merged = merge([(old, rows[at]) for at, old in met])
+                for (at, old), new in zip(met, merged, strict=True):
+                    out[at] = None if new == old else new
             case OnConflict.UPDATE:
-                merged = merge(stored, row) if merge is not None else row
-                return None if merged == stored and merge is not None else merged
+                pass
+        return out
 
     def _violation(self, row: Row) -> UniqueViolation:
         return UniqueViolation(
@@ -288,6 +301,15 @@ class Writer:
         except ExpectationFailed as failed:
             raise refused(self.store, failed) from failed
         return Written(len(rows), tuple(rows))
+
+    def remove(self, found: Sequence[tuple[bytes, Seq]]) -> None:
+        """Remove rows of a STREAM table: the `_key` and `_seq` that a read of it gave."""
+        if not found:
+            return
+        uid = self.entry.definition.uid
+        gone = [StreamDelete(uid, int.from_bytes(key, "big"), self._prefix, seq) for key, seq in found]
+        checks = self.store.preconditions(self.entry, (self.scope,))
+        self.store.commit(Batch(delete_stream=gone, records=checks, hints={(uid, self.scope)}))
 
 
 def insert_columns(

@@ -29,6 +29,7 @@ from kalamdb.storage import (
     RowOp,
     Snapshot,
     StorageBackend,
+    StreamDelete,
     UnknownOutcome,
     keys,
     record_key,
@@ -489,12 +490,17 @@ class StorageContract:
             late = [one.payload for chunk in snapshot.stream(TABLE, from_bucket=2) for one in chunk]
             assert late == [b"2b"] and snapshot.buckets(TABLE) == [1, 2] and snapshot.buckets(OTHER) == []
 
-    def test_a_bucket_goes_at_once_and_alone(self, backend: StorageBackend) -> None:
+    def test_a_bucket_or_a_row_of_a_stream_goes_alone(self, backend: StorageBackend) -> None:
         commit(backend, Batch(rows=[stream_row(bucket, b"%d" % bucket) for bucket in (1, 2, 3)] + [row(1, b"hot")]))
         commit(backend, Batch(rows=[stream_row(2, b"other", table=OTHER)], delete_buckets=[(TABLE, 2)]))
         with backend.snapshot() as snapshot:
             assert snapshot.buckets(TABLE) == [1, 3] and snapshot.buckets(OTHER) == [2]
             assert len(hot(snapshot)) == 1
+            [[first], [third]] = list(snapshot.stream(TABLE, chunk_rows=1))
+        gone = StreamDelete(TABLE, third.bucket, keys.scope_prefix(SHARED_SCOPE), third.seq)
+        commit(backend, Batch(delete_stream=[gone]))
+        with backend.snapshot() as snapshot:
+            assert list(snapshot.stream(TABLE)) == [[first]] and snapshot.buckets(TABLE) == [1]
 
     def test_a_deleted_table_leaves_its_neighbours(self, store: Store) -> None:
         backend = store.backend
