@@ -53,10 +53,9 @@ class Rows:
             assert statement.rows is not None
             rows = self._stated_rows(layout, indexes, statement.rows, caller, defaults)
         on_conflict, merge = self._conflict(entry, layout, statement, caller, defaults)
-        validate = self.checker(entry, caller)
+        answer = _Answer("Inserted", self._reader, statement, layout, caller, self.checker(entry, caller))
         writer = Writer(self._store, entry, caller.scope(entry.definition), transaction)
-        written = writer.insert(rows, on_conflict, merge, validate)
-        return self._answer("Inserted", statement, layout, written.count, written.rows, caller)
+        return answer.result(writer.insert(rows, on_conflict, merge, answer.take).count)
 
     def _stated_rows(
         self,
@@ -233,12 +232,11 @@ class Rows:
         layout = self._store.layout(entry.definition)
         self._check_assigned(entry, layout, [column for column, _ in statement.assignments])
         writer = Writer(self._store, entry, caller.scope(entry.definition), transaction)
-        validate = self.checker(entry, caller)
+        answer = _Answer("Updated", self._reader, statement, layout, caller, self.checker(entry, caller))
         values = key_values(layout, statement.key, caller) if statement.key is not None else None
         simple = self._simple_merge(layout, statement.assignments, caller) if values is not None else None
         if values is not None and simple is not None:
-            written = writer.update_key(values, simple, validate)
-            return self._answer("Updated", statement, layout, written.count, written.rows, caller)
+            return answer.result(writer.update_key(values, simple, answer.take).count)
         rows: list[Row] = []
         assigned = [(layout.index_of_name[column], value) for column, value in statement.assignments]
         to_default = [at for at, value in assigned if isinstance(value, st.DefaultMarker)]
@@ -272,23 +270,22 @@ class Rows:
                     group.changes.append(Change(key, tuple(row), seq))
                     rows.append(tuple(row))
             refuse_nulls(layout, rows)
-            if validate is not None:
-                validate(rows)
+            answer.take(rows)
             return group
 
         writer.apply(decide)
-        return self._answer("Updated", statement, layout, len(rows), rows, caller)
+        return answer.result(len(rows))
 
     def delete(self, statement: st.Delete, caller: Caller, transaction: Transaction | None) -> Result:
         """Run a DELETE."""
         entry = self._writable("delete", statement.table, caller)
         layout = self._store.layout(entry.definition)
         writer = Writer(self._store, entry, caller.scope(entry.definition), transaction)
+        answer = _Answer("Deleted", self._reader, statement, layout, caller)
         is_stream = entry.definition.kind is TableKind.STREAM
         values = key_values(layout, statement.key, caller) if statement.key is not None and not is_stream else None
         if values is not None:
-            written = writer.delete_key(values)
-            return self._answer("Deleted", statement, layout, written.count, written.rows, caller)
+            return answer.result(writer.delete_key(values, answer.take).count)
         rows: list[Row] = []
 
         def choose() -> tuple[list[tuple[bytes, int]], int]:
@@ -296,6 +293,7 @@ class Rows:
                 entry, statement.alias, (), statement.where, statement.tables, caller, transaction
             )
             rows[:] = _stored_rows(layout, found)
+            answer.take(rows)
             pairs = zip(found.column(KEY).to_pylist(), found.column(SEQ).to_pylist(), strict=True)
             return list(pairs), manifest
 
@@ -310,7 +308,7 @@ class Rows:
             writer.remove(choose()[0])
         else:
             writer.apply(decide)
-        return self._answer("Deleted", statement, layout, len(rows), rows, caller)
+        return answer.result(len(rows))
 
     def _simple_merge(
         self, layout: Layout, assignments: Sequence[tuple[str, st.Expr]], caller: Caller
@@ -402,28 +400,6 @@ class Rows:
 
         return validate
 
-    def _answer(
-        self,
-        verb: str,
-        statement: st.Insert | st.Update | st.Delete,
-        layout: Layout,
-        count: int,
-        rows: Sequence[Row],
-        caller: Caller,
-    ) -> Result:
-        message = f"{verb} {count} row(s)"
-        if statement.returning is None:
-            return Result(row_count=count, message=message)
-        if statement.returning.strip() == "*":
-            schema = pa.schema([column.field for column in scan_columns(layout)])
-            return Result(pa.Table.from_arrays(layout.arrow_columns(rows), schema=schema), message=message)
-        asked = analyse_text(f"SELECT {statement.returning}")
-        if asked.specials:
-            raise InvalidRequest(f"RETURNING cannot name {', '.join(sorted(asked.specials))}: SELECT it afterwards")
-        items = asked.sql.removeprefix("SELECT")
-        table = self._reader.evaluate(items, layout, [(statement.alias, rows)], caller)
-        return Result(table, message=message)
-
     # Bulk insert
 
     def insert_table(
@@ -467,6 +443,51 @@ class Rows:
             writer = Writer(self._store, entry, scope, transaction)
             written += writer.insert(own, on_conflict, None, validate).count
         return written
+
+
+class _Answer:
+    """What a statement answers: checked, and RETURNING evaluated, before it is committed, so that an error in
+    either leaves everything as it was."""
+
+    def __init__(
+        self,
+        verb: str,
+        reader: Reader,
+        statement: st.Insert | st.Update | st.Delete,
+        layout: Layout,
+        caller: Caller,
+        check: Validate | None = None,
+    ) -> None:
+        self._verb = verb
+        self._reader = reader
+        self._returning, self._alias = statement.returning, statement.alias
+        self._layout = layout
+        self._caller = caller
+        self._check = check
+        self._table: pa.Table | None = None
+
+    def take(self, rows: Sequence[Row]) -> None:
+        """The rows that will be written or deleted."""
+        if self._check is not None:
+            self._check(rows)
+        if self._returning is None:
+            return
+        if self._returning.strip() == "*":
+            schema = pa.schema([column.field for column in scan_columns(self._layout)])
+            self._table = pa.Table.from_arrays(self._layout.arrow_columns(rows), schema=schema)
+            return
+        asked = analyse_text(f"SELECT {self._returning}")
+        if asked.specials:
+            raise InvalidRequest(f"RETURNING cannot name {', '.join(sorted(asked.specials))}: SELECT it afterwards")
+        items = asked.sql.removeprefix("SELECT")
+        self._table = self._reader.evaluate(items, self._layout, [(self._alias, rows)], self._caller)
+
+    def result(self, count: int) -> Result:
+        """The answer after the commit."""
+        if self._returning is not None and self._table is None:
+            self.take([])
+        message = f"{self._verb} {count} row(s)"
+        return Result(row_count=count, message=message) if self._table is None else Result(self._table, message=message)
 
 
 class _PerRow:

@@ -48,7 +48,8 @@ Merge = Callable[[Sequence[tuple[Row, Row]]], Sequence[Row | None]]
 """(stored row, proposed row) each -> the rows to store, None to leave the stored one."""
 
 Validate = Callable[[Sequence[Row]], None]
-"""Raises InvalidRequest for the first row that breaks a CHECK."""
+"""Sees the rows that a statement will write, or delete, before it is committed; what it raises stops the statement.
+It is called again when another writer came first."""
 
 
 class Defaults:
@@ -158,9 +159,9 @@ class Writer:
         self, rows: Sequence[Row], on_conflict: OnConflict, merge: Merge | None = None, validate: Validate | None = None
     ) -> Written:
         """Insert complete rows; all or none. Raises UniqueViolation for `OnConflict.ERROR`."""
-        if validate is not None:
-            validate(rows)
         if self.entry.definition.kind is TableKind.STREAM:
+            if validate is not None:
+                validate(rows)
             return self._append(rows)
         row_keys = [self.key_of(row) for row in rows]
         self._refuse_twice(row_keys, rows, on_conflict)
@@ -177,7 +178,7 @@ class Writer:
                 if merged is not None:
                     group.changes.append(Change(key, merged, seq))
                     written.append(merged)
-            if merge is not None and validate is not None:
+            if validate is not None:
                 validate(written)
             return group
 
@@ -241,16 +242,16 @@ class Writer:
             group = ChangeGroup(self.entry, (self.scope,), manifest)
             merged = merge(stored) if stored is not None else None
             if merged is not None and merged != stored:
-                if validate is not None:
-                    validate([merged])
                 group.changes.append(Change(key, merged, seq))
                 written.append(merged)
+            if validate is not None:
+                validate(written)
             return group
 
         self._carry_out(decide)
         return Written(len(written), tuple(written))
 
-    def delete_key(self, values: Sequence[Stored], wanted: Callable[[Row], bool] = lambda row: True) -> Written:
+    def delete_key(self, values: Sequence[Stored], validate: Validate | None = None) -> Written:
         """Delete the live row of one key."""
         if any(value is None for value in values):
             return Written(0)
@@ -261,9 +262,11 @@ class Writer:
             removed.clear()
             [(seq, stored)], manifest = self.current([key])
             group = ChangeGroup(self.entry, (self.scope,), manifest)
-            if stored is not None and wanted(stored):
+            if stored is not None:
                 group.changes.append(Change(key, None, seq, stored))
                 removed.append(stored)
+            if validate is not None:
+                validate(removed)
             return group
 
         self._carry_out(decide)
