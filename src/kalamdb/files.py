@@ -87,9 +87,14 @@ class LocalFiles:
                 self._operations.unlink(path)
             raise
 
+    @staticmethod
+    def temporary(path: Path) -> Path:
+        """Where `replace` writes the new body first; a crash may leave it."""
+        return path.with_name(f".{path.name}.tmp")
+
     def replace(self, path: Path, body: bytes) -> None:
         """Write a small file in one step: the old or the new body is there, whatever happens."""
-        temporary = path.with_name(f".{path.name}.tmp")
+        temporary = self.temporary(path)
         with _translated(path):
             self._make_parents(path.parent)
             with suppress(FileNotFoundError):

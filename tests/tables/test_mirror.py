@@ -63,3 +63,39 @@ def test_large_statements_of_many_threads_leave_the_mirror_of_the_last(
         assert db.execute("SELECT count(*) FROM t").scalar() == 180
     assert [record.getMessage() for record in caplog.records] == []
     assert {one["path"] for one in mirror(tmp_path)["segments"]} == files(tmp_path)
+
+
+def test_a_sweep_beside_large_statements_leaves_the_mirror_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with kalamdb.connect(tmp_path, **SETTINGS) as db, caplog.at_level(logging.WARNING, "kalamdb"):
+        db.execute("CREATE SHARED TABLE t (id INT PRIMARY KEY)")
+        loading = threading.Event()
+
+        def sweep() -> None:
+            while not loading.is_set():
+                job = db.jobs.create_job("cleanup", {"operation": "sweep"}, on_conflict="return")
+                db.jobs.wait(job.id, timeout_s=30)
+
+        sweeper = threading.Thread(target=sweep)
+        sweeper.start()
+        try:
+            for at in range(0, 200, 10):
+                db.insert("t", [{"id": number} for number in range(at, at + 10)])
+        finally:
+            loading.set()
+            sweeper.join()
+    assert [record.getMessage() for record in caplog.records] == []
+    assert {one["path"] for one in mirror(tmp_path)["segments"]} == files(tmp_path)
+
+
+def test_what_a_crash_left_of_a_mirror_is_swept(tmp_path: Path) -> None:
+    with kalamdb.connect(tmp_path, **SETTINGS) as db:
+        db.execute("CREATE SHARED TABLE t (id INT PRIMARY KEY)")
+        db.insert("t", [{"id": number} for number in range(10)])
+        [found] = tmp_path.glob("gen-1/segments/*/*/*/manifest.json")
+        left = found.with_name(".manifest.json.tmp")
+        left.write_text("half of it")
+        job = db.jobs.create_job("cleanup", {"operation": "sweep"})
+        assert db.jobs.wait(job.id, timeout_s=30).status == "completed"
+        assert not left.exists() and found.exists()

@@ -109,10 +109,12 @@ def _named(snapshot: Snapshot, uid: TableUid) -> list[tuple[str, RecordOp, int]]
 def _remove_folder(store: TableStore, definition: TableDef) -> int:
     folder = table_folder(store.root, definition)
     freed = 0
-    for path in store.files.names(folder):
-        freed += store.files.size(path)
-        store.files.unlink(path)
-    store.files.remove_empty(folder, stop=store.root)
+    # Under the lock of the mirror: who waits to write it finds the table gone, and makes no folder anew.
+    with store.mirroring:
+        for path in store.files.names(folder):
+            freed += store.files.size(path)
+            store.files.unlink(path)
+        store.files.remove_empty(folder, stop=store.root)
     return freed
 
 
@@ -140,9 +142,15 @@ def sweep(
 
 
 def _sweep_table(store: TableStore, definition: TableDef, job: JobHandle) -> CleanupReport:
+    mirror = table_folder(store.root, definition) / MIRROR_NAME
+    unfinished = store.files.temporary(mirror)
+    with store.mirroring:
+        # Nobody writes the mirror now, so this is what a crash left.
+        if unfinished.exists():
+            store.files.unlink(unfinished)
     # The listing comes first: a file that is seen had its intent before it, so the later snapshot
     # shows for each listed file either its record, its intent, or that it is nobody's.
-    listed = [path for path in store.files.names(table_folder(store.root, definition)) if path.name != MIRROR_NAME]
+    listed = [path for path in store.files.names(mirror.parent) if path not in (mirror, unfinished)]
     with store.backend.snapshot() as snapshot:
         live = {
             msgspec.msgpack.decode(stored.value, type=SegmentRecord).segment_id
