@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "kalamdb"
 FILE_LINES_MAX = 700
 FUNCTION_LINES_MAX = 70
-EXEMPT_FILES: dict[str, int] = {"src/kalamdb/catalog.py": 770}
+EXEMPT_FILES: dict[str, int] = {}
 """Path -> lines that it may have. May only shrink."""
 EXEMPT_FUNCTIONS: dict[str, int] = {}
 """path:function -> lines that it may have. May only shrink."""

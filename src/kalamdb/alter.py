@@ -108,6 +108,7 @@ def check_name(kind: str, name: str) -> None:
 
 
 def check_column(name: str, known: set[str]) -> None:
+    """Raise InvalidRequest unless a column may have this name beside the lower-case names in `known`."""
     if name.lower() in _RESERVED_COLUMNS or name.startswith("_"):
         raise InvalidRequest(f"column name '{name}' is reserved; names must not begin with an underscore")
     check_name("column", name)
@@ -118,6 +119,7 @@ def check_column(name: str, known: set[str]) -> None:
 def make_column(
     spec: ColumnSpec, column_id: int, ordinal: int, *, nullable: bool, version: int = 1, fill: Any = None
 ) -> ColumnDef:
+    """The column that a spec states, with its id and place."""
     return ColumnDef(
         id=column_id,
         name=spec.name,
