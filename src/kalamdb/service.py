@@ -1,15 +1,46 @@
-"""Background work: a thread that does one bounded pass after another until it is stopped."""
+"""Background work, a thread that does one bounded pass after another; and work that Ctrl-C waits for."""
 
 from __future__ import annotations
 
 import logging
+import signal
 import threading
 from collections.abc import Callable
+from types import FrameType
+from typing import Any
 
 from kalamdb.clock import Clock
 
 _BACK_OFF_S = 1.0
 _log = logging.getLogger("kalamdb.service")
+
+
+class uninterrupted:
+    """A block that Ctrl-C does not cut in two: KeyboardInterrupt is raised when it ends.
+
+    Python raises it in the main thread only, so elsewhere nothing is to be done. A class, as it stands
+    in the path of each commit.
+    """
+
+    __slots__ = ("_former", "_pending")
+
+    def __enter__(self) -> None:
+        self._former: Any = None
+        self._pending: tuple[int, FrameType | None] | None = None
+        if threading.current_thread() is threading.main_thread():
+            former = signal.getsignal(signal.SIGINT)
+            if callable(former):
+                self._former = former
+                signal.signal(signal.SIGINT, self._remember)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self._pending = (number, frame)
+
+    def __exit__(self, *exc: object) -> None:
+        if self._former is not None:
+            signal.signal(signal.SIGINT, self._former)
+            if self._pending is not None:
+                self._former(*self._pending)
 
 
 class Loop:

@@ -27,6 +27,7 @@ import msgspec
 
 from kalamdb.clock import Clock, seq_at_ms
 from kalamdb.errors import Closed, Internal, InvalidRequest, KalamDbError
+from kalamdb.service import uninterrupted
 from kalamdb.storage import (
     ABSENT,
     ANY,
@@ -344,11 +345,22 @@ class KvBackend:
                 self._stage_outcome(batch.idempotency_key, commit, writes)
             writes.append((_LAST_SEQ, _NUMBER.pack(seq)))
             assert seq > self._last
-            self._write(writes, [*self._deleted_ranges(batch), *ranges])
-            self._last = seq
-            self._jobs.apply(staged)
-            self._follow(batch, commit)
+            self._apply(batch, commit, staged, writes, ranges)
         return commit
+
+    def _apply(
+        self, batch: Batch, commit: Commit, staged: Staged, writes: list[Write], ranges: Sequence[Range]
+    ) -> None:
+        """Write, and follow in memory: both or none, whatever Ctrl-C falls in between."""
+        with uninterrupted():
+            self._write(writes, [*self._deleted_ranges(batch), *ranges])
+            try:
+                self._last = commit.seq
+                self._jobs.apply(staged)
+                self._follow(batch, commit)
+            except BaseException as exc:
+                self._fail(f"memory is behind the store after {type(exc).__name__}: {exc}")
+                raise
 
     def wait_durable(self, commit: Commit, *, names_files: bool = False) -> None:
         """See StorageBackend."""
