@@ -25,7 +25,7 @@ from kalamdb.storage.jobs import LEGAL_MOVES
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")])
-AWAITED = frozenset({"docs/sql.md", "docs/performance.md"})
+AWAITED = frozenset({"docs/sql.md"})
 """Pages that may be linked to before they are there. May only shrink."""
 BLOCK = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(?<!!)\[[^\]]+\]\(([^)\s]+)\)")
