@@ -8,7 +8,6 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,9 @@ from typing import Any
 import pyarrow as pa
 
 from kalamdb.app_context import AppContext
+from kalamdb.check import CheckReport, check_database
 from kalamdb.config import Settings
-from kalamdb.errors import Closed, Corrupt, InvalidRequest
+from kalamdb.errors import Closed, InvalidRequest
 from kalamdb.jobs import UnifiedJobManager
 from kalamdb.result import Result
 from kalamdb.sql import statements as st
@@ -30,22 +30,6 @@ from kalamdb.types import Role, Scope, TableId, TableKind
 _DEFAULT_USER = "root"
 _USER_LENGTH_MAX = 128
 Params = Sequence[Any] | Mapping[str, Any] | None
-
-
-@dataclass(frozen=True, slots=True)
-class CheckReport:
-    """What `Database.check` found; clean when `problems` is empty."""
-
-    problems: list[str] = field(default_factory=list)
-    tables: int = 0
-    segments: int = 0
-    strays: int = 0
-    """Files that no record names; a sweep removes them."""
-
-    @property
-    def ok(self) -> bool:
-        """Whether everything holds."""
-        return not self.problems
 
 
 class Database:
@@ -218,9 +202,9 @@ class Database:
                 inner.commit()
 
     def check(self) -> CheckReport:
-        """Verify records against files, checksums, indexes. Blocks while it reads every segment."""
+        """Verify that rows, segments, records and jobs fit together; changes nothing. Blocks while it reads all."""
         self._check_open()
-        return check(self._context)
+        return check_database(self._context.store)
 
 
 class BoundSession:
@@ -356,43 +340,6 @@ def _text(value: Any) -> str | None:
             raise InvalidRequest(f"a value of type {type(value).__name__}")
 
 
-def check(context: AppContext) -> CheckReport:
-    """All invariants of a database: each segment against its checksum and its record, no duplicate live row keys."""
-    problems: list[str] = []
-    segments = strays = 0
-    entries = context.catalog.tables()
-    for entry in entries:
-        uid = entry.definition.uid
-        state = context.store.state(uid)
-        named = set()
-        for segment in state.segments:
-            segments += 1
-            named.add(segment.path.name)
-            try:
-                rows = 0
-                last = b""
-                for table in context.store.segments.scan(segment):
-                    keys = table.column("_key").to_pylist()
-                    rows += len(keys)
-                    if keys and (keys[0] <= last or any(a >= b for a, b in zip(keys, keys[1:], strict=False))):
-                        problems.append(f"segment '{segment.path}' is not in strict key order")
-                    last = keys[-1] if keys else last
-                if rows != segment.record.rows:
-                    problems.append(f"segment '{segment.path}' has {rows} rows, its record says {segment.record.rows}")
-            except Corrupt as exc:
-                problems.append(str(exc))
-        folder = context.store.root / entry.definition.namespace / entry.definition.name / str(uid)
-        strays += sum(
-            1 for path in context.store.files.names(folder) if path.suffix == ".parquet" and path.name not in named
-        )
-        with context.backend.snapshot() as snapshot:
-            for chunk in snapshot.hot(uid):
-                for row in chunk:
-                    if entry.definition.kind is TableKind.SHARED and not row.key.startswith(b"\x00\x00\x00\x01"):
-                        problems.append(f"table '{entry.definition.table_id}' holds a row outside the shared scope")
-    return CheckReport(problems, len(entries), segments, strays)
-
-
 def connect(path: str | os.PathLike[str], **settings: Any) -> Database:
     """Open the database in directory `path`, making it when there is none; ":memory:" keeps it in memory.
 
@@ -411,4 +358,4 @@ def connect(path: str | os.PathLike[str], **settings: Any) -> Database:
         raise
 
 
-__all__ = ["BoundSession", "CheckReport", "Database", "Transaction", "check", "connect"]
+__all__ = ["BoundSession", "CheckReport", "Database", "Transaction", "connect"]

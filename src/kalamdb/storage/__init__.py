@@ -433,6 +433,10 @@ class StorageBackend(Protocol):
         """Figures for system.stats: bytes, files, commits, group sizes."""
         ...
 
+    def check(self) -> list[str]:
+        """What does not agree in the store, in words: rows, records, jobs, indexes. Reads all of it."""
+        ...
+
     def close(self) -> None:
         """Release everything. Idempotent. Blocks until running commits are through."""
         ...

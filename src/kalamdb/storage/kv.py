@@ -20,7 +20,6 @@ import struct
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from enum import IntEnum
 from itertools import islice
 
 import msgspec
@@ -53,20 +52,10 @@ from kalamdb.storage import (
 from kalamdb.storage.committer import Committer, refused
 from kalamdb.storage.job_index import JobIndex, Staged
 from kalamdb.storage.jobs import Claim
+from kalamdb.storage.kv_check import check_store
 from kalamdb.storage.ordered import KvReader, OrderedKv, Range, Write
+from kalamdb.storage.spaces import Space
 from kalamdb.types import Scope, Seq, TableUid
-
-
-class Space(IntEnum):
-    """First byte of each key. Part of the stored format."""
-
-    META = 1
-    RECORD = 2
-    ROW = 3
-    STREAM = 4
-    OUTCOME = 5
-    OUTCOME_AGE = 6
-
 
 _META = bytes([Space.META])
 _RECORD = bytes([Space.RECORD])
@@ -455,6 +444,16 @@ class KvBackend:
             "commit_groups": self._committer.groups,
             "removals_pending": len(self._removals),
         }
+
+    def check(self) -> list[str]:
+        """See StorageBackend."""
+        with self._lock:
+            self._check_open()
+            raw = self._kv.snapshot()
+        try:
+            return check_store(raw)
+        finally:
+            raw.close()
 
     def close(self) -> None:
         """See StorageBackend."""

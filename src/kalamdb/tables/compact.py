@@ -7,7 +7,7 @@ level 1 rewritten. Inputs are replaced by outputs in one commit that holds only 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import msgspec
@@ -323,16 +323,25 @@ def expired_seq(store: TableStore, entry: CatalogEntry, retention_hours: float |
 
 
 def merge(store: TableStore, layout: Layout, inputs: Sequence[Segment]) -> Iterator[tuple[pa.Table, int]]:
-    """The newest version of each key, in key order, in pieces; with each the rows that were read for it.
+    """The newest version of each key, in key order, in pieces; with each the rows that were read for it."""
+
+    def rows(segment: Segment) -> Iterator[pa.Table]:
+        version = segment.record.schema_version
+        return (conform(batch, layout, version) for batch in store.segments.scan(segment))
+
+    for table in gather([rows(segment) for segment in inputs]):
+        yield newest_per_key(table), len(table)
+
+
+def gather(inputs: Sequence[Iterator[pa.Table]]) -> Iterator[pa.Table]:
+    """Key-ordered streams of one schema as pieces, each with all rows of its keys, keys rising from piece to piece.
 
     Holds one batch per input: all rows up to the smallest last key among the batches can be settled.
     """
-    sources = [_Source(store, layout, segment) for segment in inputs]
+    sources = [_Source(tables) for tables in inputs]
     while sources := [source for source in sources if source.fill()]:
         bound = min(source.last_key() for source in sources)
-        parts = [part for source in sources if (part := source.take_through(bound)) is not None]
-        table = pa.concat_tables(parts)
-        yield newest_per_key(table), len(table)
+        yield pa.concat_tables([part for source in sources if (part := source.take_through(bound)) is not None])
 
 
 def newest_per_key(table: pa.Table) -> pa.Table:
@@ -348,19 +357,16 @@ def newest_per_key(table: pa.Table) -> pa.Table:
 
 
 class _Source:
-    """One input, read batch by batch in the newest schema version."""
+    """One input of `gather`, batch by batch."""
 
-    def __init__(self, store: TableStore, layout: Layout, segment: Segment) -> None:
-        self._batches: Iterable[pa.Table] = iter(store.segments.scan(segment))
-        self._layout = layout
-        self._version = segment.record.schema_version
+    def __init__(self, tables: Iterator[pa.Table]) -> None:
+        self._tables = tables
         self._table: pa.Table | None = None
 
     def fill(self) -> bool:
         """Make sure that there is a batch; False at the end."""
         if self._table is None or not len(self._table):
-            batch = next(iter(self._batches), None)
-            self._table = None if batch is None else conform(batch, self._layout, self._version)
+            self._table = next((table for table in self._tables if len(table)), None)
         return self._table is not None
 
     def last_key(self) -> bytes:

@@ -156,10 +156,16 @@ def write_segment(
         sink = _ChecksumFile(raw)
         collected: list[Any] = []
         target, options = pa.PythonFile(sink, mode="w"), _writer_options(layout)
-        with pq.ParquetWriter(target, layout.schema, **options, metadata_collector=collected) as writer:
+        writer = pq.ParquetWriter(target, layout.schema, **options, metadata_collector=collected)
+        try:
             for group in _row_groups(_chain(first, iterator), row_group_rows_max):
                 count.add(group)
                 writer.write_table(group, row_group_size=len(group))
+            writer.close()
+        except BaseException:
+            # Its destructor would try to end the file again.
+            writer.is_open = False
+            raise
     return count.record(path.stem, sink, collected[0])
 
 
@@ -417,13 +423,13 @@ class SegmentCache:
                 for key in [key for key in self._items if key[0] == path.stem]:
                     self._bytes -= self._items.pop(key)[1]
 
-    def verify(self, segment: Segment) -> None:
-        """Check size and CRC-32 unless that was done for this state of the file. Raises Corrupt."""
+    def verify(self, segment: Segment, *, again: bool = False) -> None:
+        """Check size and CRC-32; unless `again`, only when this state of the file was not checked. Raises Corrupt."""
         segment_id = segment.record.segment_id
         try:
             state = segment.path.stat()
             stamp = (state.st_mtime_ns, state.st_size)
-            if self._verified.get(segment_id) == stamp:
+            if self._verified.get(segment_id) == stamp and not again:
                 return
             crc32 = 0
             with segment.path.open("rb") as file:

@@ -129,6 +129,10 @@ class FlakyBackend:
         """See StorageBackend."""
         return self.inner.stats()
 
+    def check(self) -> list[str]:
+        """See StorageBackend."""
+        return self.inner.check()
+
     def close(self) -> None:
         """See StorageBackend."""
         self.inner.close()
