@@ -279,10 +279,10 @@ class Admin:
         entry = self._catalog.require(table_id)
         at = self._store.layout(entry.definition).index_of_name[column]
         for keys in self._null_keys(entry, at):
-            versions, _ = self._store.newest(entry, keys)
-            for version in versions:
-                if version is not None and version.is_live and self._store.load(version, entry)[at] is None:
-                    return True
+            with self._store.newest(entry, keys) as (versions, _):
+                for version in versions:
+                    if version is not None and version.is_live and self._store.load(version, entry)[at] is None:
+                        return True
         return False
 
     def _null_keys(self, entry: CatalogEntry, at: int) -> Iterator[list[bytes]]:

@@ -441,32 +441,45 @@ class TableStore:
         with self.hot.lock:
             self.hot.install(uid, prefix, chunks, base_seq)
 
+    @contextmanager
     def newest(
         self,
         entry: CatalogEntry,
         row_keys: Sequence[bytes],
         reader: Snapshot | None = None,
         state: TableState | None = None,
-    ) -> tuple[list[Version | None], Seq]:
+    ) -> Iterator[tuple[list[Version | None], Seq]]:
         """Newest version of each key over both tiers, tombstones included, and the manifest version seen.
 
-        The hot tier is read first: a row that a flush moves meanwhile is found in the cold one. A hot
-        version does not end the search: a large statement may have written a newer one as a segment.
+        Until the block ends the files of the versions stay, so that they can be loaded. The hot tier is
+        read first: a row that a flush moves meanwhile is found in the cold one. A hot version does not end
+        the search: a large statement may have written a newer one as a segment. The segments of a given
+        `state` are the caller's to keep.
         """
         uid = entry.definition.uid
         hot = (reader or self.backend.latest()).rows(uid, row_keys)
-        state = state or self.state(uid)
-        out: list[Version | None] = []
-        for key, row in zip(row_keys, hot, strict=True):
-            newest = Version(row.seq, row.flags, row.payload) if row is not None else None
-            for segment in state.segments:
-                if newest is not None and segment.seq_max < newest.seq:
-                    continue
-                found = self.segments.find(segment, key)
-                if found is not None and (newest is None or found.seq > newest.seq):
-                    newest = Version(found.seq, found.flags, found=found)
-            out.append(newest)
-        return out, state.manifest_version
+        held: list[str] = []
+        if state is None:
+            with self.hot.lock:
+                state = self.state(uid)
+                held = self.segments.pin(state.segments)
+        try:
+            yield (
+                [self._newest(key, row, state) for key, row in zip(row_keys, hot, strict=True)],
+                state.manifest_version,
+            )
+        finally:
+            self.segments.unpin(held)
+
+    def _newest(self, key: bytes, row: HotRow | None, state: TableState) -> Version | None:
+        newest = Version(row.seq, row.flags, row.payload) if row is not None else None
+        for segment in state.segments:
+            if newest is not None and segment.seq_max < newest.seq:
+                continue
+            found = self.segments.find(segment, key)
+            if found is not None and (newest is None or found.seq > newest.seq):
+                newest = Version(found.seq, found.flags, found=found)
+        return newest
 
     def load(self, version: Version, entry: CatalogEntry) -> Row:
         """The row of a live version in the schema version of `entry`."""

@@ -125,7 +125,8 @@ def _commit_rechecked(store: TableStore, groups: Sequence[ChangeGroup], batch: B
                 raise
         for group in groups:
             row_keys = [change.key for change in group.changes]
-            versions, manifest_version = store.newest(group.entry, row_keys)
+            with store.newest(group.entry, row_keys) as (versions, manifest_version):
+                pass
             for change, version in zip(group.changes, versions, strict=True):
                 if (version.seq if version is not None else ABSENT) != change.expect:
                     raise ExpectationFailed(
@@ -229,7 +230,8 @@ class Transaction:
     ) -> tuple[list[Version | Change | None], Seq]:
         """Newest version of each key: an own change, or what the snapshot holds; and the manifest version seen."""
         state = self.moment.state(entry)
-        versions, _ = self._store.newest(entry, keys, self.moment.snapshot, state)
+        with self._store.newest(entry, keys, self.moment.snapshot, state) as (versions, _):
+            pass
         overlay = self.overlay(entry.definition.uid, scope)
         found: list[Version | Change | None] = list(versions)
         if overlay is not None:

@@ -134,11 +134,14 @@ class Writer:
 
     def current(self, row_keys: Sequence[bytes]) -> tuple[list[tuple[Seq, Row | None]], Seq]:
         """(version, live row or None) of each key as this writer sees it, and the manifest version seen."""
-        found: Sequence[Version | Change | None]
-        if self.transaction is None:
-            found, manifest = self.store.newest(self.entry, row_keys)
-        else:
-            found, manifest = self.transaction.newest(self.entry, self.scope, row_keys)
+        if self.transaction is not None:
+            return self._current(*self.transaction.newest(self.entry, self.scope, row_keys))
+        with self.store.newest(self.entry, row_keys) as (versions, manifest):
+            return self._current(versions, manifest)
+
+    def _current(
+        self, found: Sequence[Version | Change | None], manifest: Seq
+    ) -> tuple[list[tuple[Seq, Row | None]], Seq]:
         out: list[tuple[Seq, Row | None]] = []
         for version in found:
             if version is None:
@@ -408,7 +411,8 @@ def _insert_hot(
     distinct = tuple(dict.fromkeys(scopes))
 
     def decide() -> ChangeGroup:
-        versions, manifest = store.newest(entry, row_keys)
+        with store.newest(entry, row_keys) as (versions, manifest):
+            pass
         group = ChangeGroup(entry, distinct, manifest)
         for key, row, version in zip(row_keys, rows, versions, strict=True):
             if version is not None and version.is_live:
