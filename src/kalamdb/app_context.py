@@ -104,7 +104,7 @@ class AppContext:
             stack.callback(self.backend.close)
             if self.directory is not None:
                 self.directory.finish_creation()
-            files = LocalFiles(operations)
+            files = LocalFiles(root, operations)
             self.catalog = Catalog(self.backend, self.clock)
             self.catalog.start()
             self.store = TableStore(self.backend, self.catalog, files, self.clock, root, self._table_limits())
@@ -154,7 +154,11 @@ class AppContext:
             write_buffer_bytes=settings["storage.rocksdb.write_buffer_size"],
             open_files_max=settings["storage.rocksdb.max_open_files"],
         )
-        return KvBackend(kv, self.clock, durability=settings["storage.durability"])
+        try:
+            return KvBackend(kv, self.clock, durability=settings["storage.durability"])
+        except BaseException:
+            kv.close()
+            raise
 
     def _table_limits(self) -> TableLimits:
         s = self.settings

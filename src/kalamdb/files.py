@@ -26,6 +26,9 @@ _REASONS = {
 }
 
 
+_MAKE_ATTEMPTS = 3
+
+
 class FileOps:
     """The operations on files, one system call each."""
 
@@ -63,10 +66,13 @@ class FileOps:
 
 
 class LocalFiles:
-    """Files on a local filesystem. Errors of the disk become Unavailable with the remedy."""
+    """Files below `root`, a folder that is on disk. Errors of the disk become Unavailable with the remedy."""
 
-    def __init__(self, operations: FileOps | None = None) -> None:
+    def __init__(self, root: Path, operations: FileOps | None = None) -> None:
         self._operations = operations or FileOps()
+        self._synced = {root}
+        """Folders whose name this process saw on disk. One that is there may be of a process that was killed
+        before it synced it, and not outlive a power cut."""
 
     @contextmanager
     def create(self, path: Path) -> Iterator[BinaryIO]:
@@ -107,14 +113,24 @@ class LocalFiles:
             self._operations.fsync_dir(path.parent)
 
     def _make_parents(self, folder: Path) -> None:
-        missing = []
-        while not folder.exists():
-            missing.append(folder)
-            folder = folder.parent
-        for one in reversed(missing):
+        for attempt in range(_MAKE_ATTEMPTS):
+            try:
+                self._make(folder)
+                return
+            except FileNotFoundError:
+                # An empty parent was removed after the look: a dropped table of that name is cleaned up.
+                if attempt == _MAKE_ATTEMPTS - 1:
+                    raise
+
+    def _make(self, folder: Path) -> None:
+        if folder in self._synced and folder.exists():
+            return
+        self._make(folder.parent)
+        if not folder.exists():
             with suppress(FileExistsError):
-                self._operations.mkdir(one)
-            self._operations.fsync_dir(one.parent)
+                self._operations.mkdir(folder)
+        self._operations.fsync_dir(folder.parent)
+        self._synced.add(folder)
 
     def check_size(self, path: Path, size_bytes: int) -> None:
         """Raise Corrupt unless the file has this size."""
@@ -151,6 +167,7 @@ class LocalFiles:
                 self._operations.rmdir(folder)
             except OSError:
                 return
+            self._synced.discard(folder)
             folder = folder.parent
 
 

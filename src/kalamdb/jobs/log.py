@@ -7,6 +7,7 @@ written on from there, so no line is lost and none is there twice.
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from pathlib import Path
@@ -18,6 +19,7 @@ from kalamdb.errors import KalamDbError
 from kalamdb.service import Loop
 from kalamdb.storage import Batch, Commit, RecordKind, RecordOp, StorageBackend, record_key
 
+_log = logging.getLogger("kalamdb.jobs")
 _GATHER_S = 0.1
 """An event waits this long for others to be written with it."""
 _IDLE_S = 3600.0
@@ -50,6 +52,7 @@ class JobLogFile:
         self._lock = threading.Lock()
         self._mark = _Mark()
         self._released = 0
+        self._started = False
 
     def start(self) -> None:
         """Mend the file after a crash, append what is missing, then follow."""
@@ -57,6 +60,7 @@ class JobLogFile:
         with self._lock:
             self._mark = self._mend()
             self._released = self._mark.position
+        self._started = True
         self._backend.observe(self._on_commit)
         self._loop.start()
         self._loop.wake()
@@ -129,15 +133,15 @@ class JobLogFile:
         self._path.replace(self._numbered(1))
 
     def stop(self) -> None:
-        """Write all lines, then end."""
+        """Write all lines, then end; a log that was not started is left as it is."""
         self._stopping.set()
         self._loop.stop()
         try:
-            while self.step():
+            while self._started and self.step():
                 pass
-        except KalamDbError:
-            # The store refuses: the next start writes the rest.
-            return
+        except (KalamDbError, OSError) as exc:
+            # The events are in the store: the next start appends them.
+            _log.warning("'%s' lacks its last lines: %s", self._path, exc)
 
 
 def _one_line(text: str) -> str:

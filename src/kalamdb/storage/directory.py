@@ -14,6 +14,7 @@ import socket
 import threading
 import weakref
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,8 @@ from kalamdb.errors import Corrupt, DirectoryLocked, InvalidRequest, Unavailable
 
 FORMAT_VERSION = 1
 _FORMAT, _LOCK, _CURRENT = "FORMAT", "LOCK", "CURRENT"
+_UNFINISHED = f".{_FORMAT}.new"
+"""FORMAT until the directory is made. It comes first, so data without either is a directory that lost its FORMAT."""
 _FIRST_GENERATION = "gen-1"
 _OURS = frozenset({_LOCK, _CURRENT, _FIRST_GENERATION, "logs", f".{_FORMAT}.tmp", f".{_CURRENT}.tmp"})
 """What a creation that was cut short may have left."""
@@ -89,6 +92,7 @@ class DataDirectory:
         try:
             created = not (path / _FORMAT).exists()
             if created:
+                _refuse_headless(path)
                 _create(path, clock)
             found = _read_format(path)
             return DataDirectory(path, lock, found, _read_current(path), created)
@@ -100,10 +104,13 @@ class DataDirectory:
             raise
 
     def finish_creation(self) -> None:
-        """Write FORMAT: from now on the directory counts as made."""
+        """Make all of it durable, then name FORMAT: from now on the directory counts as made."""
         if self.is_new:
-            _replace(self.path / _FORMAT, _pending_format(self.path))
-            (self.path / f".{_FORMAT}.new").unlink(missing_ok=True)
+            _sync_folder(self.generation.path)
+            with suppress(PermissionError):
+                _sync_folder(self.path.parent)
+            (self.path / _UNFINISHED).replace(self.path / _FORMAT)
+            _sync_folder(self.path)
 
     def close(self) -> None:
         """Release the directory. Idempotent."""
@@ -186,23 +193,25 @@ def _release(lock: int) -> None:
     os.close(lock)
 
 
+def _refuse_headless(path: Path) -> None:
+    """Raise Corrupt for a directory that was made and lost its FORMAT: to make it anew would delete its data."""
+    if not (path / _UNFINISHED).exists() and ((path / _CURRENT).exists() or (path / _FIRST_GENERATION).exists()):
+        raise Corrupt(f"'{path / _FORMAT}' is missing; restore the directory from a backup")
+
+
 def _create(path: Path, clock: Clock) -> None:
     """Start anew whatever an earlier creation left; nothing in it was ever acknowledged."""
+    found = _Format(FORMAT_VERSION, clock.random_bytes(8).hex(), clock.now_ms())
+    _replace(path / _UNFINISHED, msgspec.json.encode(found))
     shutil.rmtree(path / _FIRST_GENERATION, ignore_errors=True)
     (path / _FIRST_GENERATION / "segments").mkdir(parents=True)
-    found = _Format(FORMAT_VERSION, clock.random_bytes(8).hex(), clock.now_ms())
-    _replace(path / f".{_FORMAT}.new", msgspec.json.encode(found))
     _replace(path / _CURRENT, _FIRST_GENERATION.encode())
-
-
-def _pending_format(path: Path) -> bytes:
-    return _read_checked(path / f".{_FORMAT}.new")
 
 
 def _read_format(path: Path) -> _Format:
     target = path / _FORMAT
     if not target.exists():
-        target = path / f".{_FORMAT}.new"
+        target = path / _UNFINISHED
     try:
         found = msgspec.json.decode(_read_checked(target), type=_Format)
     except msgspec.DecodeError as exc:
@@ -241,7 +250,11 @@ def _replace(path: Path, body: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(path: Path) -> None:
+    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(folder)
     finally:

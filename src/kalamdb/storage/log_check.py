@@ -42,6 +42,37 @@ def check_log(path: Path) -> LogCheck:
             return _check(log)
 
 
+def first_damaged(path: Path) -> int | None:
+    """Offset of the first whole record whose bytes do not fit its checksum. Slow: for naming what was found damaged."""
+    body, at, table = path.read_bytes(), 0, _crc32c_table()
+    while at + _HEADER_BYTES <= len(body):
+        left = _BLOCK_BYTES - at % _BLOCK_BYTES
+        if left < _HEADER_BYTES:
+            at += left
+            continue
+        stored, length, kind = _HEADER.unpack_from(body, at)
+        if kind == 0 and length == 0:
+            at += left
+            continue
+        end = at + _HEADER_BYTES + length
+        if length + _HEADER_BYTES > left:
+            return at
+        if end > len(body):
+            return None
+        crc = 0xFFFF_FFFF
+        for byte in body[at + _HEADER_BYTES - 1 : end]:
+            crc = table[(crc ^ byte) & 0xFF] ^ (crc >> 8)
+        if crc ^ 0xFFFF_FFFF != _unmasked(stored):
+            return at
+        at = end
+    return None
+
+
+def _unmasked(stored: int) -> int:
+    rotated = (stored - _MASK_DELTA) & 0xFFFF_FFFF
+    return ((rotated >> 17) | (rotated << 15)) & 0xFFFF_FFFF
+
+
 def _check(log: mmap.mmap) -> LogCheck:
     size, at = len(log), 0
     read = _LENGTH_TYPE.unpack_from
@@ -71,8 +102,7 @@ def _check(log: mmap.mmap) -> LogCheck:
 
 def _fits_shorter(log: mmap.mmap, at: int) -> bool:
     """Whether the checksum of the record at `at` is that of fewer bytes than its header says."""
-    rotated = (_HEADER.unpack_from(log, at)[0] - _MASK_DELTA) & 0xFFFF_FFFF
-    wanted = ((rotated >> 17) | (rotated << 15)) & 0xFFFF_FFFF
+    wanted = _unmasked(_HEADER.unpack_from(log, at)[0])
     table = _crc32c_table()
     crc = 0xFFFF_FFFF
     for byte in log[at + _HEADER_BYTES - 1 : at + _BLOCK_BYTES]:

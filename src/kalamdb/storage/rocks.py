@@ -6,6 +6,7 @@ database, errors of our tree that name the file.
 
 from __future__ import annotations
 
+import logging
 import re
 import threading
 import weakref
@@ -28,13 +29,20 @@ from rocksdict import (
 
 from kalamdb.errors import Closed, Corrupt, KalamDbError, Unavailable
 from kalamdb.storage import Caps
+from kalamdb.storage.log_check import check_log, first_damaged
 from kalamdb.storage.ordered import Range, Write
+from kalamdb.storage.seal import break_seal, check_seal, seal
 
+_log = logging.getLogger("kalamdb.storage")
 _FIRST_CHUNK_ROWS = 16
 _CHUNK_ROWS = 1024
 _TABLE_FILE_BYTES = 8 << 20
 """Small files: a purge holds up the process for one of them at a time."""
 _FILE_NAME = re.compile(r"[^\s'\"]*?(\d{6}\.(?:sst|log)|MANIFEST-\d+|CURRENT|OPTIONS-\d+|IDENTITY)")
+_NAMED = re.compile(r"\d{6}\.sst|MANIFEST|CURRENT|No such file")
+_HINT = "  The file "
+_EXAMINED_ENTRIES_MAX = 500_000
+"""Entries that are read before a store is opened for writing: half a second at most."""
 _DAMAGE = (
     "corruption",
     "checksum mismatch",
@@ -56,6 +64,62 @@ def translate(exc: Exception, path: Path) -> KalamDbError:
     if any(word in text.lower() for word in _DAMAGE):
         return Corrupt(f"'{where}' is damaged: {text}; restore the directory from a backup")
     return Unavailable(f"the store in '{path}' refuses: {text}; mend the disk (space, rights), then open it again")
+
+
+def _options(open_files_max: int) -> Options:
+    options = Options(raw_mode=True)
+    options.create_if_missing(False)
+    options.set_wal_recovery_mode(DBRecoveryMode.tolerate_corrupted_tail_records())
+    options.set_max_open_files(open_files_max)
+    options.set_paranoid_checks(True)
+    return options
+
+
+def _examine(path: Path, open_files_max: int) -> None:
+    """Refuse a damaged store before anything in it is touched: RocksDB turns its own log over even when it refuses.
+
+    Raises Corrupt naming the file.
+    """
+    check_seal(path)
+    logs = sorted(path.glob("*.log"))
+    if not logs and path.is_dir():
+        raise Corrupt(f"the write-ahead log '{path}/*.log' is missing; restore the directory from a backup")
+    manifests = list(path.glob("MANIFEST-*"))
+    for log in [*logs, *manifests]:
+        damaged_at = check_log(log).damaged_at
+        if damaged_at is not None:
+            raise Corrupt(f"'{log}' is damaged at byte {damaged_at}; restore the directory from a backup")
+    try:
+        _read(Rdict(str(path), options=_options(open_files_max), access_type=AccessType.read_only()))
+    except Exception as exc:  # noqa: BLE001 - rocksdict raises bare Exception
+        refused = translate(exc, path)
+        if isinstance(refused, Corrupt) and not _NAMED.search(str(exc).partition(_HINT)[0]):
+            refused = _located(path, [*logs, *manifests], exc)
+        raise refused from exc
+
+
+def _read(store: Rdict) -> None:
+    """Read what an opening reads, and in a small store everything."""
+    try:
+        iterator = store.iter()
+        iterator.seek_to_first()
+        for _ in range(_EXAMINED_ENTRIES_MAX):
+            if not iterator.valid():
+                break
+            iterator.next()
+        iterator.status()
+        del iterator
+    finally:
+        store.close()
+
+
+def _located(path: Path, logs: Sequence[Path], exc: Exception) -> Corrupt:
+    """RocksDB does not say which of its logs it means, and hints at MANIFEST when it means a table file."""
+    for log in logs:
+        if (damaged_at := first_damaged(log)) is not None:
+            return Corrupt(f"'{log}' is damaged at byte {damaged_at}: {exc}; restore the directory from a backup")
+    text = str(exc).partition(_HINT)[0]
+    return Corrupt(f"one of the table files '{path}/*.sst' is damaged: {text}; restore the directory from a backup")
 
 
 class _Reading:
@@ -138,12 +202,9 @@ class RocksKv:
         open_files_max: int = 512,
     ) -> None:
         self.path = path
-        options = Options(raw_mode=True)
+        options = _options(open_files_max)
         options.create_if_missing(create)
-        options.set_wal_recovery_mode(DBRecoveryMode.tolerate_corrupted_tail_records())
         options.set_write_buffer_size(write_buffer_bytes)
-        options.set_max_open_files(open_files_max)
-        options.set_paranoid_checks(True)
         options.set_keep_log_file_num(2)
         options.set_target_file_size_base(_TABLE_FILE_BYTES)
         table = BlockBasedOptions()
@@ -151,9 +212,17 @@ class RocksKv:
         table.set_bloom_filter(10.0, False)
         options.set_block_based_table_factory(table)
         try:
-            self._db = Rdict(str(path), options=options, access_type=AccessType.read_write())
+            if not create:
+                _examine(path, open_files_max)
+                break_seal(path)
+            # Without families named here rocksdict takes the options that the store was made with.
+            families = None if create else {"default": options}
+            self._db = Rdict(str(path), options=options, column_families=families, access_type=AccessType.read_write())
+        except KalamDbError:
+            raise
         except Exception as exc:  # noqa: BLE001 - rocksdict raises bare Exception
             raise translate(exc, path) from exc
+        self._is_sound = True
         self._write_options = WriteOptions()
         self._write_options.sync = False
         self._snapshots: weakref.WeakSet[_Reading] = weakref.WeakSet()
@@ -191,6 +260,7 @@ class RocksKv:
                     batch.put(key, value)
             self._db.write(batch, self._write_options)
         except Exception as exc:  # noqa: BLE001 - rocksdict raises bare Exception
+            self._is_sound = False
             raise translate(exc, self.path) from exc
 
     def snapshot(self) -> _Reading:
@@ -205,6 +275,7 @@ class RocksKv:
         try:
             self._db.flush_wal(True)
         except Exception as exc:  # noqa: BLE001 - rocksdict raises bare Exception
+            self._is_sound = False
             raise translate(exc, self.path) from exc
 
     def purge(self, ranges: Sequence[Range]) -> None:
@@ -238,4 +309,8 @@ class RocksKv:
         try:
             self._db.close()
         except Exception as exc:  # noqa: BLE001 - rocksdict raises bare Exception
-            raise translate(exc, self.path) from exc
+            # It could not move the log into a table file. What was acknowledged is in the log.
+            _log.warning("%s", translate(exc, self.path))
+            return
+        if self._is_sound:
+            seal(self.path)

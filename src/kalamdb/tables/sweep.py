@@ -20,7 +20,7 @@ from kalamdb.storage import (
     record_prefix,
     record_uid,
 )
-from kalamdb.storage.jobs import JobStatus
+from kalamdb.storage.jobs import JobFilter, JobStatus
 from kalamdb.tables.flush import JobHandle
 from kalamdb.tables.mirror import MIRROR_NAME
 from kalamdb.tables.segments import IntentRecord, SegmentRecord, segment_path, table_folder
@@ -28,6 +28,7 @@ from kalamdb.tables.store import TableStore
 from kalamdb.types import JobId, TableUid
 
 _STEP_RECORDS = 500
+_ACTIVE = frozenset(status for status in JobStatus if status.is_active)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,17 @@ def drop_leftovers(
 
     Everything is found by the uid, so a table re-created under the name is never touched. Blocks for the disk.
     """
+    left = _remove_dropped(store, uid, job)
+    if left is None:
+        return None
+    report, batch = left
+    job.seal(batch, message=message(report), result={"files": report.files, "bytes": report.bytes})
+    store.commit(batch)
+    return report
+
+
+def _remove_dropped(store: TableStore, uid: TableUid, job: JobHandle) -> tuple[CleanupReport, Batch] | None:
+    """Un-name and remove the files of a dropped table; what was removed, and the batch that forgets the table."""
     key = record_key(RecordKind.DROPPED, uid)
     with store.backend.snapshot() as snapshot:
         stored = snapshot.records([key])[0]
@@ -67,32 +79,25 @@ def drop_leftovers(
             return None
         definition = msgspec.msgpack.decode(stored.value, type=DroppedTable).definition
         named = _named(snapshot, uid)
+    for at in range(0, len(named), _STEP_RECORDS):
+        job.check()
+        batch = Batch(records=[op for _, op, _ in named[at : at + _STEP_RECORDS]], names_files=True)
+        job.seal(batch)
+        store.commit(batch)
+        job.progress(min(at + _STEP_RECORDS, len(named)), len(named), "files")
     files = bytes_ = 0
-    step: list[RecordOp] = []
-    for at, (record, op, size) in enumerate(named):
-        step.append(op)
-        bytes_ += size
-        files += size > 0
-        if len(step) == _STEP_RECORDS or at == len(named) - 1:
-            job.check()
-            batch = Batch(records=step, names_files=True)
-            job.seal(batch)
-            store.commit(batch)
-            step = []
-            job.progress(at + 1, len(named), "files")
-        store.drafting.discard(record)
-    for segment_id, _, _ in named:
+    for segment_id, _, size in named:
+        store.drafting.discard(segment_id)
         store.segments.unlink(segment_id, segment_path(store.root, definition, segment_id))
+        files += size > 0
+        bytes_ += size
     bytes_ += _remove_folder(store, definition)
-    report = CleanupReport(files, bytes_)
     batch = Batch(names_files=True)
     batch.records = [RecordOp(key, None, stored.version)]
-    for kind in (RecordKind.MANIFEST, RecordKind.WATERMARK, RecordKind.REMOVAL):
+    for kind in (RecordKind.MANIFEST, RecordKind.WATERMARK, RecordKind.REMOVAL, RecordKind.ERASED):
         batch.records.append(RecordOp(record_key(kind, uid), None))
     batch.delete_tables.append(uid)
-    job.seal(batch, message=message(report), result={"files": files, "bytes": bytes_})
-    store.commit(batch)
-    return report
+    return CleanupReport(files, bytes_), batch
 
 
 def _named(snapshot: Snapshot, uid: TableUid) -> list[tuple[str, RecordOp, int]]:
@@ -107,12 +112,16 @@ def _named(snapshot: Snapshot, uid: TableUid) -> list[tuple[str, RecordOp, int]]
 
 
 def _remove_folder(store: TableStore, definition: TableDef) -> int:
-    folder = table_folder(store.root, definition)
-    freed = 0
+    return sum(_empty_folder(store, table_folder(store.root, definition)))
+
+
+def _empty_folder(store: TableStore, folder: Path) -> list[int]:
+    """Remove a folder that no table owns; the bytes of each file that was in it."""
+    freed = []
     # Under the lock of the mirror: who waits to write it finds the table gone, and makes no folder anew.
     with store.mirroring:
         for path in store.files.names(folder):
-            freed += store.files.size(path)
+            freed.append(store.files.size(path))
             store.files.unlink(path)
         store.files.remove_empty(folder, stop=store.root)
     return freed
@@ -121,9 +130,16 @@ def _remove_folder(store: TableStore, definition: TableDef) -> int:
 def sweep(
     store: TableStore, uid: TableUid | None, job: JobHandle, message: Callable[[CleanupReport], str]
 ) -> CleanupReport:
-    """Remove files that neither a record nor a live intent names, of one table or of all; end the job."""
+    """Remove files that neither a record nor a live intent names, of one table or of all; end the job.
+
+    A sweep of all also takes up dropped tables whose own cleanup was cancelled or failed.
+    """
     entries = store.catalog.tables() if uid is None else [store.entry(uid)]
     files = bytes_ = 0
+    for dropped in dropped_tables(store) if uid is None else ():
+        cleaned = _take_up(store, dropped, job)
+        files += cleaned.files
+        bytes_ += cleaned.bytes
     for at, entry in enumerate(entries):
         job.check()
         swept = _sweep_table(store, entry.definition, job)
@@ -138,6 +154,23 @@ def sweep(
     batch = Batch()
     job.seal(batch, message=message(report), result={"files": files, "bytes": bytes_})
     store.commit(batch)
+    return report
+
+
+def _take_up(store: TableStore, uid: TableUid, job: JobHandle) -> CleanupReport:
+    """Finish the cleanup of a dropped table unless its own job still will."""
+    if store.backend.jobs.query(JobFilter(statuses=_ACTIVE, table_uid=uid, limit=1)):
+        return CleanupReport()
+    try:
+        left = _remove_dropped(store, uid, job)
+        if left is None:
+            return CleanupReport()
+        report, batch = left
+        job.seal(batch)
+        store.commit(batch)
+    except ExpectationFailed:
+        # Its own job was run again meanwhile and came first.
+        return CleanupReport()
     return report
 
 
@@ -203,15 +236,8 @@ def _sweep_strangers(store: TableStore, known: set[str]) -> list[int]:
             table, dropped = snapshot.records([record_key(RecordKind.TABLE, uid), record_key(RecordKind.DROPPED, uid)])
         if table is not None or dropped is not None:
             continue
-        freed += [_unlink(store, path) for path in store.files.names(folder)]
-        store.files.remove_empty(folder, stop=store.root)
+        freed += _empty_folder(store, folder)
     return freed
-
-
-def _unlink(store: TableStore, path: Path) -> int:
-    size = store.files.size(path)
-    store.files.unlink(path)
-    return size
 
 
 __all__ = ["CleanupReport", "DroppedTable", "drop_leftovers", "dropped_tables", "sweep"]
