@@ -1,0 +1,183 @@
+"""Databases that crash tests stop, reopen and judge."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from kalamdb.app_context import AppContext
+from kalamdb.clock import ulid
+from kalamdb.config import Settings
+from kalamdb.database import Database
+from kalamdb.jobs.context import JobContext
+from kalamdb.jobs.endings import Endings
+from kalamdb.jobs.manager import JobRequest
+from kalamdb.jobs.settings import JobSettings
+from kalamdb.sql.caller import Caller
+from kalamdb.storage import ABSENT, Batch, RecordKind, RecordOp, record_key
+from kalamdb.storage.jobs import Claim, JobStatus
+from kalamdb.tables.maintenance import Maintenance
+from kalamdb.tables.segments import IntentRecord, segment_path
+from kalamdb.types import Role, TableId
+
+USERS = ("ann", "bob")
+Contents = dict[tuple[str, str], dict[int, str]]
+"""(table, user) -> id -> v; the user is '' in a shared table."""
+
+
+def settings(**given: Any) -> Settings:
+    """No scheduler works beside the test; statements of more than eight rows become segments."""
+    quiet = {"flush.scheduler_enabled": False, "compaction.enabled": False, "limits.batch_rows_max": 8}
+    return Settings.load({**quiet, **{key.replace("__", "."): value for key, value in given.items()}}, environment={})
+
+
+def execute(context: AppContext, sql: str, user: str = "root") -> list[tuple[Any, ...]]:
+    """Run SQL on parts that were not started."""
+    return context.session.execute(sql, Caller(user, Role.SYSTEM, "default")).rows
+
+
+def contents(context: AppContext) -> Contents:
+    """All rows of all tables in namespace app, as SQL shows them."""
+    found: Contents = {}
+    definitions = [entry.definition for entry in context.catalog.tables("app")]
+    for user in USERS:
+        own = {
+            str(one.table_id): user if one.kind == "user" else ""
+            for one in definitions
+            if one.kind == "user" or user == USERS[0]
+        }
+        selects = [f"SELECT '{table}', id, v FROM {table}" for table in own]
+        found |= {(table, owner): {} for table, owner in own.items()}
+        for table, number, value in execute(context, " UNION ALL ".join(selects), user):
+            rows = found[table, own[table]]
+            assert number not in rows, f"row {number} of {table} is shown twice: {rows[number]}, {value}"
+            rows[number] = value
+    return found
+
+
+def fill(context: AppContext) -> None:
+    """Tables with rows in both tiers and both levels, one without files, one to be dropped, and things to sweep."""
+    execute(context, "CREATE NAMESPACE app")
+    for name in "tdn":
+        execute(context, f"CREATE USER TABLE app.{name} (id BIGINT PRIMARY KEY, v TEXT)")
+    execute(context, "CREATE SHARED TABLE app.s (id BIGINT PRIMARY KEY, v TEXT)")
+    for user in ("ann", "bob"):
+        for name in "td":
+            execute(context, f"INSERT INTO app.{name} VALUES (1, 'a'), (2, 'b'), (3, 'c'), (4, 'd')", user)
+        execute(context, "INSERT INTO app.n VALUES (1, 'new'), (2, 'new')", user)
+    execute(context, "INSERT INTO app.s VALUES " + ", ".join(f"({number}, 's')" for number in range(12)))
+    for name in "td":
+        run_job(context, "flush", {"table_id": f"app.{name}"})
+    run_job(context, "compact", {"table_id": "app.t"})
+    execute(context, "DELETE FROM app.t WHERE id = 1", "ann")
+    execute(context, "UPDATE app.t SET v = 'u' WHERE id = 2", "ann")
+    run_job(context, "flush", {"table_id": "app.t"})
+    execute(context, "UPDATE app.t SET v = 'hot' WHERE id = 3", "ann")
+    execute(context, "DELETE FROM app.t WHERE id = 4", "bob")
+    execute(context, "INSERT INTO app.d VALUES (9, 'hot')", "ann")
+    while context.backend.remove_retired():
+        pass
+    _litter(context)
+
+
+def _litter(context: AppContext) -> None:
+    """What crashes leave: a file of a dead intent, an intent without a file, files that nothing names."""
+    definition = context.catalog.require(TableId("app", "t")).definition
+    for with_file in (True, False):
+        segment_id = ulid(context.clock)
+        body = msgspec.msgpack.encode(IntentRecord(segment_id=segment_id, process="dead"))
+        key = record_key(RecordKind.INTENT, definition.uid, segment_id)
+        context.backend.commit(Batch(records=[RecordOp(key, body, ABSENT)]))
+        if with_file:
+            segment_path(context.store.root, definition, segment_id).write_bytes(b"half")
+    folder = segment_path(context.store.root, definition, "x").parent
+    (folder / f"{ulid(context.clock)}.parquet").write_bytes(b"never named")
+    (folder / ".manifest.json.tmp").write_bytes(b"{")
+    gone = folder.parent.parent / "gone" / "77"
+    gone.mkdir(parents=True)
+    (gone / f"{ulid(context.clock)}.parquet").write_bytes(b"of a table that is no more")
+
+
+@dataclass
+class _Services:
+    maintenance: Maintenance
+
+
+def run_job(context: AppContext, job_type: str, params: dict[str, Any]) -> None:
+    """Create a job, claim it and run its executor in this thread."""
+    insert = context.job_manager.prepare(JobRequest(job_type=job_type, params=params))
+    context.backend.wait_durable(context.backend.commit(Batch(jobs=[insert])))
+    run_waiting(context)
+
+
+def run_waiting(context: AppContext) -> None:
+    """Run all jobs that wait, in this thread."""
+    backend = context.backend
+    claimed = backend.claim(Claim(limit=10, types=set(context.job_registry.job_types())))
+    for job_id in claimed.claimed if claimed is not None else ():
+        row = backend.jobs.get(job_id)
+        assert row is not None
+        executor = context.job_registry.get_or_error(row.job_type)
+        services = _Services(context.maintenance)
+        job: JobContext[Any] = JobContext(
+            row, backend=backend, services=services, clock=context.clock, settings=JobSettings(),
+            endings=Endings(context.clock, JobSettings()), create=context.job_manager.create_job,
+        )  # fmt: skip
+        job.params = executor.decode(row.parameters)
+        executor.execute(job)
+        ended = backend.jobs.get(job_id)
+        assert ended is not None
+        assert ended.status is JobStatus.COMPLETED, f"{job_id} is {ended.status}: {ended.message}"
+
+
+def settle(db: Database) -> None:
+    """Wait until no job is active, then sweep."""
+    while active := [job for job in db.jobs.list_jobs(limit=None) if job.status.is_active]:
+        db.jobs.wait(active[0].id, 30)
+    job = db.jobs.create_job("cleanup", {"operation": "sweep"})
+    ended = db.jobs.wait(job.id, 30)
+    assert ended.status is JobStatus.COMPLETED, f"the sweep is {ended.status}: {ended.message}"
+
+
+def judge(db: Database) -> None:
+    """Everything fits together, and no file is there that no record names."""
+    report = db.check()
+    assert report.problems == []
+    assert (report.strays, report.intents, report.dropped) == (0, 0, 0)
+    root = db.context.store.root
+    named = {
+        str(segment.path)
+        for entry in db.context.catalog.tables()
+        for segment in db.context.store.state(entry.definition.uid).segments
+    }
+    assert {str(path) for path in root.rglob("*.parquet")} == named
+    assert [path for path in root.rglob("*.tmp")] == []
+
+
+Operation = Callable[[AppContext], None]
+
+
+@dataclass
+class Moment:
+    """What a crash may leave visible: the state before the operation, after it, or either."""
+
+    before: Contents
+    after: Contents
+    seen: set[str] = field(default_factory=set)
+
+    def accept(self, found: Contents, *, finished: bool, where: str) -> None:
+        """Fail unless `found` is one of the two, and the later one when the operation was acknowledged."""
+        if found == self.after:
+            self.seen.add("after")
+        else:
+            assert found == self.before and not finished, f"{where}: {found}"
+            self.seen.add("before")
+
+
+def root_of(path: Path) -> Path:
+    """Where the segments of a database on disk lie."""
+    return path / "gen-1" / "segments"
