@@ -25,6 +25,7 @@ from kalamdb.errors import (
 from kalamdb.version import VERSION
 
 if TYPE_CHECKING:
+    from kalamdb.async_database import AsyncDatabase, aconnect
     from kalamdb.database import Database, connect
     from kalamdb.result import Result
 
@@ -37,6 +38,10 @@ def __getattr__(name: str) -> Any:
         from kalamdb import database
 
         return getattr(database, name)
+    if name in ("aconnect", "AsyncDatabase"):
+        from kalamdb import async_database
+
+        return getattr(async_database, name)
     if name == "Result":
         from kalamdb.result import Result
 
@@ -45,6 +50,7 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
+    "AsyncDatabase",
     "Closed",
     "Conflict",
     "Corrupt",
@@ -63,5 +69,6 @@ __all__ = [
     "TransactionConflict",
     "Unavailable",
     "UniqueViolation",
+    "aconnect",
     "connect",
 ]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import datetime as dt
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from decimal import Decimal
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,9 @@ from kalamdb.jobs import UnifiedJobManager
 from kalamdb.result import Result
 from kalamdb.sql import statements as st
 from kalamdb.sql.caller import Caller
+from kalamdb.sql.cursor import Cursor
+from kalamdb.sql.ingest import columns_of
+from kalamdb.sql.tokens import tokenize
 from kalamdb.storage.jobs import JobFence, JobMove
 from kalamdb.tables.transaction import Transaction as TableTransaction
 from kalamdb.tables.write import OnConflict
@@ -150,13 +152,18 @@ class Database:
         on_conflict: str,
         transaction: TableTransaction | None,
     ) -> int:
-        table_id = TableId.parse(table) if "." in table else TableId(caller.namespace, table)
+        table_id = _table_id(table, caller.namespace)
+        if self._context.system_tables.find(table_id) is not None:
+            raise self._context.system_tables.write_refusal("insert", table_id)
         entry = self._context.catalog.require(table_id)
         try:
             conflict = OnConflict(on_conflict)
         except ValueError:
             raise InvalidRequest(f"on_conflict '{on_conflict}' is not one of {', '.join(OnConflict)}") from None
-        rows = _arrow(data, [column.name for column in entry.definition.columns], user_column)
+        if user_column is not None and entry.definition.column(user_column) is not None:
+            raise InvalidRequest(f"user_column '{user_column}' is a column of '{table_id}'; it must not be stored")
+        columns = columns_of(data, self._context.store.layout(entry.definition), user_column)
+        rows = columns.table
         if not rows.num_rows:
             return 0
         if user_column is None:
@@ -173,7 +180,8 @@ class Database:
                 self._context.users.refuse_gone(name)
             scopes = [Scope(name) for name in names]
             rows = rows.drop_columns([user_column])
-        return self._context.rows.insert_table(entry, rows, scopes, caller, conflict, transaction)
+        columns = replace(columns, table=rows)
+        return self._context.rows.insert_table(entry, columns, scopes, caller, conflict, transaction)
 
     def session(
         self, *, user: str | None = None, role: str | Role | None = None, namespace: str | None = None
@@ -182,20 +190,29 @@ class Database:
         return BoundSession(self, {"user": user, "role": role, "namespace": namespace})
 
     @contextmanager
-    def transaction(self, user: str | None = None) -> Iterator[Transaction]:
+    def transaction(
+        self, user: str | None = None, *, role: str | Role | None = None, namespace: str | None = None
+    ) -> Iterator[Transaction]:
         """A transaction over any tables: snapshot reads, own writes visible, committed when the block ends.
 
         Raises TransactionConflict at the end when another writer came first; an exception rolls back.
         """
-        with self._transaction(user, list) as transaction:
+        with self._transaction(user, list, role=role, namespace=namespace) as transaction:
             yield transaction
 
     @contextmanager
-    def _transaction(self, user: str | None, operations: Callable[[], list[Any]]) -> Iterator[Transaction]:
+    def _transaction(
+        self,
+        user: str | None,
+        operations: Callable[[], list[Any]],
+        *,
+        role: str | Role | None = None,
+        namespace: str | None = None,
+    ) -> Iterator[Transaction]:
         self._check_open()
         with ExitStack() as stack:
             inner = self._context.session.begin(stack, owner=user or _DEFAULT_USER, origin="Api")
-            transaction = Transaction(self, inner, user)
+            transaction = Transaction(self, inner, {"user": user, "role": role, "namespace": namespace})
             yield transaction
             if not inner.ended:
                 inner.jobs += operations()
@@ -218,6 +235,16 @@ class BoundSession:
         """See Database.execute."""
         return self._database.execute(sql, params, timeout_s=timeout_s, **self._bound)
 
+    def stream(
+        self, sql: str, params: Params = None, *, timeout_s: float | None = None
+    ) -> AbstractContextManager[Iterator[pa.RecordBatch]]:
+        """See Database.stream."""
+        return self._database.stream(sql, params, timeout_s=timeout_s, **self._bound)
+
+    def transaction(self) -> AbstractContextManager[Transaction]:
+        """See Database.transaction."""
+        return self._database.transaction(**self._bound)
+
     def insert(self, table: str, data: Any, *, user_column: str | None = None, on_conflict: str = "error") -> int:
         """See Database.insert."""
         return self._database.insert(table, data, user_column=user_column, on_conflict=on_conflict, **self._bound)
@@ -226,22 +253,28 @@ class BoundSession:
 class Transaction:
     """What `with db.transaction() as tx` gives."""
 
-    def __init__(self, database: Database, inner: TableTransaction, user: str | None) -> None:
+    def __init__(self, database: Database, inner: TableTransaction, bound: dict[str, Any]) -> None:
         self._database = database
         self._inner = inner
-        self._user = user
+        self._bound = bound
 
-    def execute(self, sql: str, params: Params = None, *, namespace: str | None = None) -> Result:
+    def execute(
+        self, sql: str, params: Params = None, *, namespace: str | None = None, timeout_s: float | None = None
+    ) -> Result:
         """Run statements inside the transaction."""
-        caller = self._database._caller(self._user, None, namespace, params, None)
         self._inner.check_open()
-        return self._database.context.session.execute(sql, caller, self._inner)
+        return self._database.context.session.execute(sql, self._caller(params, namespace, timeout_s), self._inner)
 
-    def insert(self, table: str, data: Any, *, on_conflict: str = "error") -> int:
-        """Insert rows inside the transaction."""
-        caller = self._database._caller(self._user, None, None, None, None)
+    def insert(self, table: str, data: Any, *, user_column: str | None = None, on_conflict: str = "error") -> int:
+        """Insert rows inside the transaction; see Database.insert."""
         self._inner.check_open()
-        return self._database._insert(table, data, caller, None, on_conflict, self._inner)
+        return self._database._insert(
+            table, data, self._caller(None, None, None), user_column, on_conflict, self._inner
+        )
+
+    def _caller(self, params: Params, namespace: str | None, timeout_s: float | None) -> Caller:
+        bound = self._bound
+        return self._database._caller(bound["user"], bound["role"], namespace or bound["namespace"], params, timeout_s)
 
     def create_job(self, job_type: str, params: Any = None, idempotency_key: str | None = None, **options: Any) -> None:
         """Create a job that lives and dies with the transaction."""
@@ -283,61 +316,14 @@ class _Services:
         return self._database._transaction(user, operations)
 
 
-def _arrow(data: Any, columns: list[str], user_column: str | None) -> pa.Table:
-    """Rows in any accepted form as an Arrow table."""
-    if isinstance(data, pa.RecordBatch):
-        return pa.Table.from_batches([data])
-    if isinstance(data, pa.Table):
-        return data
-    if hasattr(data, "to_arrow"):
-        return data.to_arrow()
-    if hasattr(data, "__arrow_c_stream__"):
-        return pa.table(data)
-    if hasattr(data, "iloc"):
-        return pa.Table.from_pandas(data, preserve_index=False)
-    if not isinstance(data, (list, tuple)):
-        data = list(data)
-    if not data:
-        return pa.table({})
-    if isinstance(data[0], Mapping):
-        names = list(dict.fromkeys(name for row in data for name in row))
-        return pa.table({name: _column([row.get(name) for row in data], name) for name in names})
-    names = columns if user_column is None else [user_column, *columns]
-    width = len(data[0])
-    if width > len(names) or any(len(row) != width for row in data):
-        raise InvalidRequest(f"rows as tuples must have one length of at most {len(names)}: {', '.join(names)}")
-    return pa.table({name: _column([row[at] for row in data], name) for at, name in enumerate(names[:width])})
-
-
-def _column(values: list[Any], name: str) -> pa.Array:
-    import uuid
-
-    plain = [str(v) if isinstance(v, uuid.UUID) else v for v in values]
-    if any(isinstance(v, dict) for v in plain):
-        import msgspec
-
-        plain = [None if v is None else v if isinstance(v, str) else msgspec.json.encode(v).decode() for v in plain]
-    try:
-        return pa.array(plain)
-    except (pa.ArrowException, TypeError, OverflowError, ValueError):
-        pass
-    try:
-        return pa.array([_text(v) for v in plain], pa.string())
-    except (pa.ArrowException, InvalidRequest) as exc:
-        raise InvalidRequest(f"column '{name}' holds values of types that do not go together: {exc}") from None
-
-
-def _text(value: Any) -> str | None:
-    """A value of a column of mixed types; the type of the table's column reads it."""
-    match value:
-        case None | str():
-            return value
-        case int() | float() | Decimal():
-            return str(value)
-        case dt.date() | dt.time():
-            return value.isoformat()
-        case _:
-            raise InvalidRequest(f"a value of type {type(value).__name__}")
+def _table_id(table: str, namespace: str) -> TableId:
+    """[namespace.]table as SQL reads it."""
+    if not isinstance(table, str):
+        raise InvalidRequest(f"the table is named by {table!r}; give a text like 'namespace.table'")
+    cursor = Cursor(table, tokenize(table))
+    name = cursor.table()
+    cursor.end()
+    return TableId(name.namespace or namespace, name.name)
 
 
 def connect(path: str | os.PathLike[str], **settings: Any) -> Database:

@@ -117,10 +117,15 @@ class Result:
         return self.arrow().to_pandas()
 
     def to_polars(self) -> polars.DataFrame:
-        """The rows as a polars DataFrame; polars must be installed."""
+        """The rows as a polars DataFrame, columns of one name numbered; polars must be installed."""
         import polars
 
-        frame = polars.from_arrow(self.arrow())
+        seen: dict[str, int] = {}
+        names = []
+        for name in self.columns:
+            count = seen[name] = seen.get(name, -1) + 1
+            names.append(f"{name}:{count}" if count else name)
+        frame = polars.from_arrow(self.arrow().rename_columns(names))
         assert isinstance(frame, polars.DataFrame)
         return frame
 

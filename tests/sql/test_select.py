@@ -158,5 +158,4 @@ def test_explain_tells_nothing_of_files_and_of_rows_of_others(shop: Database) ->
 
 def test_deadlines_end_a_query(shop: Database) -> None:
     with pytest.raises(kalamdb.Timeout):
-        shop.execute("SELECT sum(a.value * b.value) FROM generate_series(1, 20000) a, generate_series(1, 20000) b",
-                     timeout_s=0.05)  # fmt: skip
+        shop.execute("SELECT a.value FROM generate_series(1, 99999) a, generate_series(1, 99999) b", timeout_s=0.05)

@@ -16,6 +16,7 @@ from kalamdb.result import Result
 from kalamdb.sql import statements as st
 from kalamdb.sql.analyse import analyse_text
 from kalamdb.sql.caller import Caller, denied, may_write
+from kalamdb.sql.ingest import Columns
 from kalamdb.sql.projection import quote
 from kalamdb.sql.query import Reader, key_values
 from kalamdb.tables.codec import Stored
@@ -405,7 +406,7 @@ class Rows:
     def insert_table(
         self,
         entry: CatalogEntry,
-        table: pa.Table,
+        given: Columns,
         scopes: Sequence[Scope],
         caller: Caller,
         on_conflict: OnConflict,
@@ -414,7 +415,7 @@ class Rows:
         """Insert columns named as the table's; missing ones take their default. Returns the rows written."""
         if not may_write(caller, entry.definition):
             raise denied(caller, "write", entry.definition)
-        layout = self._store.layout(entry.definition)
+        layout, table = self._store.layout(entry.definition), given.table
         for name in table.schema.names:
             if name not in layout.index_of_name:
                 known = ", ".join(layout.index_of_name)
@@ -423,9 +424,17 @@ class Rows:
         columns: list[pa.Array] = []
         for column, codec in zip(layout.columns, layout.codecs, strict=True):
             if column.name in table.schema.names:
-                columns.append(codec.coerce(table.column(column.name), where=f"column '{column.name}'"))
+                array = codec.coerce(table.column(column.name), where=f"column '{column.name}'")
+                wanted: Sequence[int] = given.absent.get(column.name, ())
             else:
-                columns.append(codec.to_arrow([defaults.value(column.default, column) for _ in range(table.num_rows)]))
+                array = pa.nulls(table.num_rows, codec.physical)
+                wanted = range(table.num_rows)
+            if wanted and column.default is not None:
+                values = codec.from_arrow(array)
+                for at in wanted:
+                    values[at] = defaults.value(column.default, column, scopes[at if len(scopes) > 1 else 0])
+                array = codec.to_arrow(values)
+            columns.append(array)
         validate = self.checker(entry, caller)
         one_scope = len(set(scopes)) == 1
         if validate is None and transaction is None and entry.definition.kind is not TableKind.STREAM:

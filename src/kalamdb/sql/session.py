@@ -186,7 +186,7 @@ class Session:
     def stream(self, sql: str, caller: Caller, stack: ExitStack) -> QueryRun:
         """A running SELECT whose rows come batch by batch until `stack` closes."""
         statements = self.parsed(sql)
-        if len(statements) != 1 or not isinstance(statements[0], st.Select):
+        if len(statements) != 1 or not isinstance(statements[0], st.Select) or statements[0].explain:
             raise InvalidRequest("only one SELECT can be streamed")
         check_role(caller, statements[0])
         return self._reader.open(statements[0], caller, None, stack)

@@ -61,16 +61,17 @@ class Defaults:
         self._user = user
         self._now_us: int | None = None
 
-    def value(self, default: Default | None, column: ColumnDef) -> Stored:
-        """What a column without a value gets, in stored form."""
+    def value(self, default: Default | None, column: ColumnDef, user: str | None = None) -> Stored:
+        """What a column without a value gets, in stored form. `user`: whose row it is, when not the caller's."""
         if default is None:
             return None
         if default.function is None:
             constant: Stored = default.constant
             return constant
-        return column_codec(column).store(self._evaluate(default.function, column), where=f"column '{column.name}'")
+        value = self._evaluate(default.function, column, user or self._user)
+        return column_codec(column).store(value, where=f"column '{column.name}'")
 
-    def _evaluate(self, function: DefaultFunction, column: ColumnDef) -> object:
+    def _evaluate(self, function: DefaultFunction, column: ColumnDef, user: str) -> object:
         match function:
             case DefaultFunction.NOW:
                 return self._now(column)
@@ -81,7 +82,7 @@ class Defaults:
             case DefaultFunction.ULID:
                 return ulid(self._clock)
             case DefaultFunction.CURRENT_USER:
-                return self._user
+                return user
 
     def _now(self, column: ColumnDef) -> object:
         if self._now_us is None:
