@@ -16,7 +16,7 @@ import pyarrow as pa
 from kalamdb.app_context import AppContext
 from kalamdb.check import CheckReport, check_database
 from kalamdb.config import Settings
-from kalamdb.errors import Closed, InvalidRequest
+from kalamdb.errors import Closed, Denied, InvalidRequest
 from kalamdb.jobs import UnifiedJobManager
 from kalamdb.result import Result
 from kalamdb.sql import statements as st
@@ -178,6 +178,9 @@ class Database:
                 if not isinstance(name, str) or not 0 < len(name) <= _USER_LENGTH_MAX:
                     raise InvalidRequest(f"column '{user_column}' holds {name!r}, which is not a user name")
                 self._context.users.refuse_gone(name)
+            stranger = next((name for name in names if name != caller.user), None)
+            if stranger is not None and not caller.has(Role.SERVICE):
+                raise Denied(f"role {caller.role} may not insert rows of '{stranger}' as '{caller.user}'")
             scopes = [Scope(name) for name in names]
             rows = rows.drop_columns([user_column])
         columns = replace(columns, table=rows)
