@@ -8,12 +8,10 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager
 from typing import Any, Generic, Protocol, TypeVar
 
-import msgspec
-
 from kalamdb.clock import Clock
-from kalamdb.errors import InvalidRequest, LeaseLost, LimitExceeded, Unavailable
+from kalamdb.errors import LeaseLost, Unavailable
 from kalamdb.jobs.endings import Endings
-from kalamdb.jobs.model import InterruptReason, Job, JobInterrupted
+from kalamdb.jobs.model import InterruptReason, Job, JobInterrupted, stored_json
 from kalamdb.jobs.settings import JobSettings
 from kalamdb.storage import Batch, StorageBackend
 from kalamdb.storage.jobs import Events, JobEvent, JobFence, JobMove, JobRow, JobStatus, Progress
@@ -143,17 +141,8 @@ class JobContext(Generic[Params]):
 
     def checkpoint(self, state: Any) -> None:
         """Keep `state` (JSON-like) for the next attempt; durable on return. Raises LimitExceeded, InvalidRequest."""
-        limit = self._settings.checkpoint_bytes_max
-        try:
-            encoded = msgspec.json.encode(state)
-        except Exception as exc:
-            raise InvalidRequest(f"the checkpoint of job '{self.row.job_id}' has no JSON form: {exc}") from exc
-        if len(encoded) > limit:
-            raise LimitExceeded(
-                f"the checkpoint of job '{self.row.job_id}' takes {len(encoded)} bytes, "
-                f"at most {limit} are allowed (jobs.checkpoint_bytes_max)"
-            )
-        kept = msgspec.json.decode(encoded)
+        what = f"the checkpoint of job '{self.row.job_id}'"
+        kept = stored_json(state, what, self._settings.checkpoint_bytes_max)
         with self._lock:
             self._require_lease()
             self.amend({"checkpoint": kept}, durable=True)

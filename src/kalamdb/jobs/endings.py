@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, assert_never
 
-import msgspec
-
 from kalamdb.clock import Clock
 from kalamdb.errors import KalamDbError
 from kalamdb.jobs.model import (
@@ -22,6 +20,7 @@ from kalamdb.jobs.model import (
     Retry,
     Skipped,
     Snooze,
+    stored_json,
 )
 from kalamdb.jobs.settings import JobSettings
 from kalamdb.storage.jobs import AttemptOutcome, Events, Hold, JobRow, JobStatus, OnInterrupt
@@ -88,14 +87,10 @@ class Endings:
         """Success."""
         text = None if message is None else self._cut(message)
         try:
-            encoded = msgspec.json.encode(result)
-        except Exception as exc:
-            raise _BadOutcome(f"the result has no JSON form: {exc}") from exc
-        if len(encoded) > self._settings.result_bytes_max:
-            raise _BadOutcome(
-                f"the result takes {len(encoded)} bytes, at most {self._settings.result_bytes_max} are allowed"
-            )
-        changes = _ended(JobStatus.COMPLETED, message=text, exception_trace=None, result=msgspec.json.decode(encoded))
+            kept = stored_json(result, "the result", self._settings.result_bytes_max)
+        except KalamDbError as exc:
+            raise _BadOutcome(str(exc)) from exc
+        changes = _ended(JobStatus.COMPLETED, message=text, exception_trace=None, result=kept)
         return Ending(changes, (("INFO", "Job completed" if text is None else f"Job completed: {text}"),))
 
     def cancelled(self) -> Ending:

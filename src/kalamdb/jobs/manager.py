@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Literal
 
-import msgspec
-
 from kalamdb.clock import Clock
 from kalamdb.errors import (
     Conflict,
@@ -24,7 +22,7 @@ from kalamdb.errors import (
 from kalamdb.jobs.endings import Endings
 from kalamdb.jobs.explain import Reason, explain
 from kalamdb.jobs.log import JobLogFile
-from kalamdb.jobs.model import Cron, Every, Job, JobIds
+from kalamdb.jobs.model import Cron, Every, Job, JobIds, stored_json
 from kalamdb.jobs.queues import JobQueues, QueueRow, check_queue_name
 from kalamdb.jobs.registry import JobExecutor, JobRegistry, check_job_type, executor_of
 from kalamdb.jobs.runner import Runner
@@ -250,10 +248,10 @@ class UnifiedJobManager:
                 f"{waiting} jobs wait already, at most {self._settings.queued_max} are allowed (jobs.queued_max)"
             )
 
-    def _retries(self, request: JobRequest, executor: JobExecutor[Any] | None) -> int:
+    def _retries(self, request: JobRequest, executor: JobExecutor[Any] | None) -> Any:
         for given in (request.max_retries, _of(executor, "max_retries", None)):
             if given is not None:
-                return int(given)
+                return given
         return self._settings.max_retries
 
     def _parameters(self, request: JobRequest) -> dict[str, Any]:
@@ -262,14 +260,7 @@ class UnifiedJobManager:
         raw = {} if request.params is None else request.params
         if isinstance(raw, (list, tuple)):
             raw = {f"arg{at}": value for at, value in enumerate(raw)}
-        try:
-            encoded = msgspec.json.encode(raw)
-        except Exception as exc:
-            raise InvalidRequest(f"parameters of a '{kind}' job have no JSON form: {exc}") from exc
-        limit = self._settings.parameters_bytes_max
-        if len(encoded) > limit:
-            raise LimitExceeded(f"parameters of a '{kind}' job take {len(encoded)} bytes, at most {limit} are allowed")
-        plain = msgspec.json.decode(encoded)
+        plain = stored_json(raw, f"parameters of a '{kind}' job", self._settings.parameters_bytes_max)
         if not isinstance(plain, dict):
             raise InvalidRequest(f"parameters of a '{kind}' job must be an object, got {type(raw).__name__}")
         return plain

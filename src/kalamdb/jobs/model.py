@@ -10,10 +10,11 @@ from enum import StrEnum
 from typing import Any
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
+import msgspec
 from cronsim import CronSim, CronSimError
 
 from kalamdb.clock import Clock
-from kalamdb.errors import InvalidRequest
+from kalamdb.errors import InvalidRequest, LimitExceeded
 from kalamdb.storage.jobs import JobAttempt, JobEvent, JobRow, JobStatus, JobStore
 
 _ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
@@ -189,6 +190,20 @@ class Job:
 
     def __repr__(self) -> str:
         return f"<Job {self.row.job_id} {self.row.status}>"
+
+
+def stored_json(value: Any, what: str, bytes_max: int) -> Any:
+    """`value` as its JSON reads: what is stored, shown in SQL, and given back. Raises InvalidRequest, LimitExceeded."""
+    try:
+        encoded = msgspec.json.encode(value)
+        plain = msgspec.json.decode(encoded)
+        # JSON holds larger integers than a stored row does.
+        msgspec.msgpack.encode(plain)
+    except Exception as exc:
+        raise InvalidRequest(f"{what} cannot be stored, it has no JSON form: {exc}") from exc
+    if len(encoded) > bytes_max:
+        raise LimitExceeded(f"{what} would take {len(encoded)} bytes, at most {bytes_max} are allowed")
+    return plain
 
 
 class JobIds:

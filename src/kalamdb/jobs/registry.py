@@ -98,7 +98,8 @@ class _FunctionExecutor(JobExecutor[Any]):
 
     @property
     def is_async(self) -> bool:
-        return inspect.iscoroutinefunction(self._function)
+        function: Any = self._function
+        return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
     def execute(self, ctx: JobContext[Any]) -> Outcome | Awaitable[Outcome]:
         outcome: Outcome | Awaitable[Outcome] = self._function(ctx)
@@ -156,10 +157,11 @@ def executor_of(
 def _annotated(function: Callable[..., Any]) -> Any:
     parameters = list(inspect.signature(function).parameters)
     if not parameters:
-        raise InvalidRequest(f"executor function '{function.__name__}' must take the job context")
+        raise InvalidRequest(f"executor function '{getattr(function, '__name__', function)}' must take the job context")
     try:
         hint = get_type_hints(function).get(parameters[0])
-    except NameError:
+    except (NameError, TypeError):
+        # A name that is known to type checkers only, or a callable that is not a function.
         return dict
     if get_origin(hint) is JobContext:
         kind = get_args(hint)[0]

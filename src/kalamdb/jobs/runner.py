@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from heapq import heappop, heappush
 from typing import Any
 
@@ -169,16 +169,13 @@ class Runner:
         except Busy:
             self._returned.extendleft(reversed(returned))
             raise
-        except Fenced:
-            # A lease went meanwhile, or the executor's own commit ended the job: one by one.
+        except (Fenced, TypeError, ValueError, OverflowError):
+            # A lease went meanwhile, or one end cannot be stored: one by one, so that it spoils no other.
             for attempt in returned:
                 self._settle_alone(attempt)
-            self._release(returned)
             return True
-        except BaseException:
-            self._release(returned)
-            raise
-        self._release(returned)
+        finally:
+            self._release(attempt for attempt in returned if attempt not in self._returned)
         if commit is None:
             return False
         self._launch(commit)
@@ -222,8 +219,12 @@ class Runner:
             self._backend.commit(Batch(jobs=[move]))
         except LeaseLost:
             return
+        except (TypeError, ValueError, OverflowError) as exc:
+            ending = self._endings.failed(attempt.row, f"its end could not be stored: {exc}", None)
+            self._commit(attempt.row.job_id, attempt.context.lease_id, ending)
 
-    def _release(self, attempts: list[Attempt]) -> None:
+    def _release(self, ended: Iterable[Attempt]) -> None:
+        attempts = list(ended)
         with self._lock:
             for attempt in attempts:
                 self._running.pop(attempt.row.job_id, None)

@@ -149,9 +149,8 @@ class AsyncWorkers:
         loop.close()
 
     def _start(self, attempts: Sequence[Attempt]) -> None:
-        assert self._loop is not None
         for attempt in attempts:
-            attempt.task = self._loop.create_task(self._run(attempt))
+            attempt.task = asyncio.get_running_loop().create_task(self._run(attempt))
 
     async def _run(self, attempt: Attempt) -> None:
         try:
@@ -165,12 +164,13 @@ class AsyncWorkers:
     def abandon(self, attempt: Attempt) -> None:
         """Throw CancelledError into an attempt whose lease is gone."""
         loop, task = self._loop, attempt.task
-        if loop is not None and task is not None and not loop.is_closed():
+        if loop is not None and task is not None:
             loop.call_soon_threadsafe(task.cancel)
 
     def stop(self) -> None:
         """End the loop; what still runs on it is dropped. Blocks for a second at most."""
         loop, thread = self._loop, self._thread
+        self._loop = self._thread = None
         if loop is None or thread is None:
             return
         self._stopping = True

@@ -144,7 +144,8 @@ class JobRow(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     job_id: JobId
     job_type: str
     status: JobStatus = JobStatus.NEW
-    parameters: dict[str, Any] = {}
+    parameters: dict[str, Any] | list[Any] = {}
+    """An object; a list only in records of older versions."""
     message: str | None = None
     exception_trace: str | None = None
     result: Any = None
