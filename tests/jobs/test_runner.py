@@ -127,7 +127,7 @@ def test_texts_are_cut_at_their_limits(world: World) -> None:
     failed = run(manager, "wordy", params={"fail": True})
     assert len(failed.message) == 50 and len(failed.exception_trace) <= 200
     assert run(manager, "wordy", params={"result": "r" * 30}).message.startswith(
-        "the result takes 32 bytes, at most 20"
+        "the result would take 32 bytes, at most 20"
     )
 
 

@@ -27,6 +27,7 @@ from kalamdb.jobs.queues import JobQueues, QueueRow, check_queue_name
 from kalamdb.jobs.registry import JobExecutor, JobRegistry, check_job_type, executor_of
 from kalamdb.jobs.runner import Runner
 from kalamdb.jobs.settings import JobSettings
+from kalamdb.jobs.workers import WorkersFactory
 from kalamdb.service import Loop
 from kalamdb.storage import Batch, Commit, StorageBackend
 from kalamdb.storage.jobs import (
@@ -100,6 +101,7 @@ class UnifiedJobManager:
         *,
         log: JobLogFile | None = None,
         resolve_table: Callable[[str], int | None] = lambda table_id: None,
+        workers: WorkersFactory | None = None,
     ) -> None:
         self._backend = backend
         self._clock = clock
@@ -113,7 +115,7 @@ class UnifiedJobManager:
         self.log = log
         self.queues = JobQueues(backend, clock)
         endings = Endings(clock, settings)
-        self.runner = Runner(backend, registry, self.queues, clock, settings, endings, self.create_job)
+        self.runner = Runner(backend, registry, self.queues, clock, settings, endings, self.create_job, workers)
         self._history = Loop("job-history", self.purge_history, _PURGE_INTERVAL_S, clock)
         registry.on_register.append(self.runner.wake)
         backend.observe(self._on_commit)

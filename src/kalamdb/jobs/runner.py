@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from heapq import heappop, heappush
 from typing import Any
 
@@ -21,7 +21,7 @@ from kalamdb.jobs.model import InterruptReason, Job
 from kalamdb.jobs.queues import JobQueues
 from kalamdb.jobs.registry import JobRegistry
 from kalamdb.jobs.settings import JobSettings
-from kalamdb.jobs.workers import AsyncWorkers, Attempt, ThreadWorkers
+from kalamdb.jobs.workers import AsyncWorkers, Attempt, ThreadWorkers, WorkersFactory
 from kalamdb.storage import Batch, Busy, Commit, Fenced, StorageBackend
 from kalamdb.storage.jobs import Claim, Events, JobFilter, JobMove, JobRow, JobStatus
 from kalamdb.types import JobId
@@ -52,7 +52,9 @@ class Runner:
         settings: JobSettings,
         endings: Endings,
         create: Callable[..., Job],
+        workers: WorkersFactory | None = None,
     ) -> None:
+        self._workers = workers
         self._backend = backend
         self._registry = registry
         self._queues = queues
@@ -73,8 +75,12 @@ class Runner:
         self._claiming = False
         self._ending = False
         self._slots = settings.max_concurrent
-        self._threads = ThreadWorkers(self._finished)
-        self._tasks = AsyncWorkers(self._finished)
+        self._make_workers()
+
+    def _make_workers(self) -> None:
+        made = self._workers
+        self._threads = made(self._finished) if made is not None else ThreadWorkers(self._finished)
+        self._tasks = made(self._finished) if made is not None else AsyncWorkers(self._finished)
 
     @property
     def slots(self) -> int:
@@ -108,15 +114,19 @@ class Runner:
         self._wake.set()
 
     def start(self, max_concurrent: int) -> None:
-        """Recover what a dead process left running, then begin; does nothing when it runs."""
+        """Begin, and make passes in a thread of its own; does nothing when it runs."""
         if self._thread is not None:
             return
-        self._slots = max_concurrent
-        self._threads, self._tasks = ThreadWorkers(self._finished), AsyncWorkers(self._finished)
-        self._recover()
-        self._claiming, self._ending = True, False
+        self.begin(max_concurrent)
         self._thread = threading.Thread(target=self._run, name="kalamdb-jobs", daemon=True)
         self._thread.start()
+
+    def begin(self, max_concurrent: int) -> None:
+        """Recover what a dead process left running; passes are the caller's, by `step`."""
+        self._slots = max_concurrent
+        self._make_workers()
+        self._recover()
+        self._claiming, self._ending = True, False
 
     def _recover(self) -> None:
         running = self._backend.jobs.query(JobFilter(statuses=frozenset({JobStatus.RUNNING}), limit=None))
@@ -168,6 +178,7 @@ class Runner:
             commit = self._exchange(returned, free)
         except Busy:
             self._returned.extendleft(reversed(returned))
+            returned = []
             raise
         except (Fenced, TypeError, ValueError, OverflowError):
             # A lease went meanwhile, or one end cannot be stored: one by one, so that it spoils no other.
@@ -175,7 +186,7 @@ class Runner:
                 self._settle_alone(attempt)
             return True
         finally:
-            self._release(attempt for attempt in returned if attempt not in self._returned)
+            self._release(returned)
         if commit is None:
             return False
         self._launch(commit)
@@ -223,8 +234,7 @@ class Runner:
             ending = self._endings.failed(attempt.row, f"its end could not be stored: {exc}", None)
             self._commit(attempt.row.job_id, attempt.context.lease_id, ending)
 
-    def _release(self, ended: Iterable[Attempt]) -> None:
-        attempts = list(ended)
+    def _release(self, attempts: Sequence[Attempt]) -> None:
         with self._lock:
             for attempt in attempts:
                 self._running.pop(attempt.row.job_id, None)
@@ -344,8 +354,7 @@ class Runner:
             pass
         finally:
             attempt.ended.set()
-            if attempt.task is not None:
-                self._tasks.abandon(attempt)
+            (self._tasks if attempt.executor.is_async else self._threads).abandon(attempt)
             self._wake.set()
         return True
 

@@ -8,7 +8,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from kalamdb.errors import KalamDbError
 from kalamdb.jobs.context import JobContext
@@ -41,6 +41,25 @@ class Attempt:
 
 Finished = Callable[[Attempt], None]
 """Called in the thread of the attempt, once it is through."""
+
+
+class Workers(Protocol):
+    """Who runs attempts."""
+
+    def submit(self, attempts: Sequence[Attempt]) -> None:
+        """Run them soon. Does not block."""
+        ...
+
+    def abandon(self, attempt: Attempt) -> None:
+        """The lease of a running attempt is gone: end it, if that can be done."""
+        ...
+
+    def stop(self) -> None:
+        """Take no more; blocks for a second at most."""
+        ...
+
+
+WorkersFactory = Callable[[Finished], Workers]
 
 
 def _prepare(attempt: Attempt) -> None:
@@ -106,6 +125,9 @@ class ThreadWorkers:
                 attempt.outcome = exc
             self._finished(attempt)
             del attempt
+
+    def abandon(self, attempt: Attempt) -> None:
+        """A thread cannot be ended from outside."""
 
     def stop(self) -> None:
         """Let idle threads end. Busy ones end with their attempt."""
