@@ -1,0 +1,214 @@
+"""What executors do through their context, and that nothing of it holds without the lease."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from kalamdb.database import Database
+from kalamdb.errors import InvalidRequest, LeaseLost, LimitExceeded, Unavailable
+from kalamdb.jobs import Completed, Job, JobContext
+from tests.jobs.conftest import Gate, World, texts, until
+
+Open = Callable[..., Database]
+
+
+def run(db: Database, job_type: str, params: Any = None) -> Job:
+    return db.jobs.wait(db.jobs.create_job(job_type, params).id, 10)
+
+
+@pytest.fixture
+def db(open_db: Open) -> Database:
+    made = open_db(**{"jobs.cancel_timeout_s": 0.05, "jobs.retry_backoff_ms": 1})
+    made.execute("CREATE SHARED TABLE t (id INT PRIMARY KEY, v TEXT)")
+    return made
+
+
+def rows(db: Database) -> list[tuple[Any, ...]]:
+    return db.execute("SELECT id FROM t ORDER BY id").rows
+
+
+def test_progress_never_goes_back_and_its_last_state_is_kept(world: World) -> None:
+    manager, seen = world.manager(start=1), []
+
+    @manager.executor("count", prefix="CO")
+    def count(ctx: JobContext[Any]) -> None:
+        for done in (1, 50, 20, 60):
+            ctx.progress(done, 100, "rows", f"at {done}")
+        progress = ctx.job.progress
+        seen.append(progress.done)
+
+    job = manager.wait(manager.create_job("count").id, 10)
+    assert seen == [1] and (job.progress.done, job.progress.text) == (60, "at 60")
+    assert job.progress.total == 100 and job.progress.unit == "rows"
+
+
+def test_each_attempt_counts_its_progress_anew_and_finds_the_checkpoint(world: World) -> None:
+    manager, seen = world.manager(start=1), []
+
+    @manager.executor("steps", prefix="ST")
+    def steps(ctx: JobContext[Any]) -> None:
+        seen.append((ctx.attempt, ctx.checkpoint_state, ctx.job.progress))
+        ctx.progress(90 if ctx.attempt == 1 else 10, 100)
+        ctx.checkpoint({"at": ctx.attempt, "parts": (1, 2)})
+        assert ctx.checkpoint_state == {"at": ctx.attempt, "parts": [1, 2]}
+        if ctx.attempt == 1:
+            raise RuntimeError("again")
+
+    job = manager.wait(manager.create_job("steps").id, 10)
+    assert seen == [(1, None, None), (2, {"at": 1, "parts": [1, 2]}, None)] and job.progress.done == 10
+    assert [attempt.progress.done for attempt in job.attempts() if attempt.progress is not None] == [90, 10]
+
+
+def test_checkpoints_are_bounded_and_plain(world: World) -> None:
+    manager, seen = world.manager(start=1, checkpoint_bytes_max=50), []
+
+    @manager.executor("big", prefix="BI")
+    def big(ctx: JobContext[Any]) -> None:
+        for state, kind in (("x" * 60, LimitExceeded), (object(), InvalidRequest), (2**80, InvalidRequest)):
+            with pytest.raises(kind):
+                ctx.checkpoint(state)
+            seen.append(kind)
+        ctx.checkpoint([1])
+
+    job = manager.wait(manager.create_job("big").id, 10)
+    assert job.status == "completed" and job.checkpoint == [1] and len(seen) == 3
+
+
+def test_lines_of_a_job_stand_in_its_history_in_order(world: World) -> None:
+    manager = world.manager(start=1)
+
+    @manager.executor("talk", prefix="TA")
+    def talk(ctx: JobContext[Any]) -> None:
+        ctx.log.debug("a")
+        ctx.log.info("b")
+        ctx.log.warning("c")
+        ctx.log.error("d")
+        assert [event.text for event in ctx.events()][-4:] == ["a", "b", "c", "d"]
+
+    job = manager.wait(manager.create_job("talk").id, 10)
+    assert texts(job)[3:] == ["DEBUG a", "INFO b", "WARN c", "ERROR d", "INFO Job completed"]
+    assert [event.number for event in job.events()] == list(range(1, 9))
+
+
+def test_a_manager_without_a_database_says_so(world: World) -> None:
+    manager = world.manager(start=1)
+    manager.executor("x", prefix="XX", max_retries=0)(lambda ctx: ctx.execute("SELECT 1"))
+    job = manager.wait(manager.create_job("x").id, 10)
+    assert job.message == "this job manager has no database; only checks, progress and checkpoints work"
+    assert Unavailable.code == "UNAVAILABLE"
+
+
+def test_a_transaction_ends_the_job_with_its_effect(db: Database) -> None:
+    @db.jobs.executor("once", prefix="ON")
+    def once(ctx: JobContext[Any]) -> Completed:
+        with ctx.transaction(complete="stored one") as tx:
+            tx.execute("INSERT INTO t VALUES (1, 'a')")
+        return Completed("not this")
+
+    job = run(db, "once")
+    assert (job.status, job.message) == ("completed", "stored one") and rows(db) == [(1,)]
+    assert [text for text in texts(job) if "completed" in text] == ["INFO Job completed: stored one"]
+
+
+def test_a_transaction_that_fails_neither_writes_nor_ends_the_job(db: Database) -> None:
+    @db.jobs.executor("twice", prefix="TW")
+    def twice(ctx: JobContext[Any]) -> Completed:
+        try:
+            with ctx.transaction(complete="never") as tx:
+                tx.execute("INSERT INTO t VALUES (1, 'a')")
+                raise ValueError("changed its mind")
+        except ValueError:
+            return Completed("went on")
+
+    job = run(db, "twice")
+    assert (job.status, job.message) == ("completed", "went on") and rows(db) == []
+
+
+def test_sql_of_a_job_cannot_begin_a_transaction(db: Database) -> None:
+    db.jobs.executor("x", prefix="XX", max_retries=0)(lambda ctx: ctx.execute("BEGIN; COMMIT"))
+    assert "use ctx.transaction()" in run(db, "x").message
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda ctx: ctx.execute("INSERT INTO t VALUES (9, 'late')"),
+        lambda ctx: ctx.execute("/* first */ INSERT INTO t VALUES (9, 'late')"),
+        lambda ctx: ctx.execute("CALL create_job('stale', '{}')"),
+        lambda ctx: ctx.execute("DROP TABLE t"),
+        lambda ctx: ctx.insert("t", [{"id": 9, "v": "late"}]),
+        lambda ctx: ctx.create_job("stale"),
+        lambda ctx: ctx.transaction(complete="x").__enter__(),
+    ],
+)
+def test_nothing_is_written_after_the_lease_was_taken_away(db: Database, write: Callable[[Any], Any]) -> None:
+    gate, seen = Gate(), []
+
+    @db.jobs.executor("stale", prefix="ST")
+    def stale(ctx: JobContext[Any]) -> None:
+        gate()
+        try:
+            write(ctx)
+        except LeaseLost as exc:
+            seen.append(exc)
+
+    job = db.jobs.create_job("stale")
+    gate.await_entry()
+    assert db.jobs.cancel_job(job.id).status == "cancelled"
+    gate.open.set()
+    until(lambda: db.jobs.runner.abandoned_threads == 0)
+    assert len(seen) == 1 and rows(db) == [] and len(db.jobs.list_jobs()) == 1
+
+
+def test_a_transaction_begun_under_a_lease_that_went_does_not_commit(db: Database) -> None:
+    gate, seen = Gate(), []
+
+    @db.jobs.executor("stale", prefix="ST")
+    def stale(ctx: JobContext[Any]) -> None:
+        try:
+            with ctx.transaction() as tx:
+                tx.execute("INSERT INTO t VALUES (9, 'late')")
+                gate()
+        except LeaseLost as exc:
+            seen.append(exc)
+
+    job = db.jobs.create_job("stale")
+    gate.await_entry()
+    db.jobs.cancel_job(job.id)
+    gate.open.set()
+    until(lambda: db.jobs.runner.abandoned_threads == 0)
+    assert len(seen) == 1 and rows(db) == []
+
+
+def test_async_executors_await_the_database(db: Database) -> None:
+    threads: list[str] = []
+
+    @db.jobs.executor("child", prefix="CH")
+    async def child(ctx: JobContext[Any]) -> None:
+        threads.append(threading.current_thread().name)
+
+    @db.jobs.executor("parent", prefix="PA")
+    async def parent(ctx: JobContext[Any]) -> None:
+        await ctx.aexecute("INSERT INTO t VALUES (1, 'a')")
+        assert await ctx.ainsert("t", [{"id": 2, "v": "b"}]) == 1
+        await ctx.acheckpoint({"at": 2})
+        await ctx.acreate_job("child", {"n": 1})
+        with pytest.raises(ValueError):
+            async with ctx.atransaction() as tx:
+                await tx.execute("INSERT INTO t VALUES (8, 'no')")
+                raise ValueError
+        async with ctx.atransaction(complete="all stored") as tx:
+            await tx.execute("INSERT INTO t VALUES (3, 'c')")
+            await tx.insert("t", [{"id": 4, "v": "d"}])
+            await tx.create_job("child", {"n": 2})
+
+    job = run(db, "parent")
+    assert (job.status, job.message, job.checkpoint) == ("completed", "all stored", {"at": 2})
+    assert rows(db) == [(1,), (2,), (3,), (4,)]
+    children = db.jobs.list_jobs(job_type="child")
+    assert [db.jobs.wait(one.id, 10).status for one in children] == ["completed"] * 2
+    assert set(threads) == {"kalamdb-jobs-async"}
