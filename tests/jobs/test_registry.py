@@ -35,7 +35,7 @@ def made(**options: Any) -> JobExecutor[Any]:
         ({"job_type": "Big"}, "must be lower-case letters"),
         ({"job_type": "x" * 65}, "64 at most"),
         ({"prefix": "x1"}, "must be two capital letters"),
-        ({"prefix": "XXX"}, "must be two capital letters"),
+        ({"prefix": "ABC"}, "must be two capital letters"),
         ({"max_retries": -1}, "0 or more is allowed"),
         ({"timeout_s": 0.0}, "more than 0 is allowed"),
         ({"queue": ""}, "printable name"),
