@@ -85,7 +85,11 @@ class JobContext(Generic[Params]):
         self._shown_s: float | None = None
         self._progress: Progress | None = None
         self._unsaved = False
-        self.log = JobLog(self)
+
+    @property
+    def log(self) -> JobLog:
+        """Writes lines into the job's history, and so into jobs.log."""
+        return JobLog(self)
 
     @property
     def job(self) -> Job:

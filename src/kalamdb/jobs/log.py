@@ -23,7 +23,7 @@ _log = logging.getLogger("kalamdb.jobs")
 _GATHER_S = 0.1
 """An event waits this long for others to be written with it."""
 _IDLE_S = 3600.0
-_PASS_EVENTS = 1000
+_PASS_EVENTS = 4000
 _RELEASE_EVENTS = 20_000
 """The order of events that were written is forgotten in steps of this many."""
 _MARK = record_key(RecordKind.META, "job_log")
@@ -145,4 +145,6 @@ class JobLogFile:
 
 
 def _one_line(text: str) -> str:
+    if text.isprintable() and "\\" not in text:
+        return text
     return text.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r")

@@ -11,6 +11,7 @@ import struct
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass, field
+from functools import lru_cache
 from heapq import heapify, heappop, heapreplace
 from itertools import islice
 from typing import Final
@@ -20,8 +21,7 @@ from kalamdb.storage.jobs import AGEING_MS, PRIORITY_MAX, JobRow
 from kalamdb.storage.ordered import KvReader
 from kalamdb.types import JobId
 
-_TAIL: Final = struct.Struct(">HQ")
-"""Priority and due time."""
+_PRIORITY: Final = struct.Struct(">H")
 _NUMBER: Final = struct.Struct(">Q")
 _KEPT_MAX: Final = 256
 _EMPTY_LANES_MAX: Final = 4096
@@ -29,8 +29,13 @@ _EMPTY_LANES_MAX: Final = 4096
 
 def lane_key(space: bytes, row: JobRow) -> bytes:
     """Entry of a waiting job: queue, type, priority, due time, id."""
-    name = keys.encode_text(row.queue) + keys.encode_text(row.job_type)
-    return space + name + _TAIL.pack(row.priority + PRIORITY_MAX, row.due_at) + row.job_id.encode()
+    return _lane_prefix(space, row.queue, row.job_type, row.priority) + _NUMBER.pack(row.due_at) + row.job_id.encode()
+
+
+@lru_cache(1024)
+def _lane_prefix(space: bytes, queue: str, job_type: str, priority: int) -> bytes:
+    name = keys.encode_text(queue) + keys.encode_text(job_type)
+    return space + name + _PRIORITY.pack(priority + PRIORITY_MAX)
 
 
 @dataclass(slots=True)

@@ -223,8 +223,7 @@ class JobAttempt(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     progress: Progress | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class JobEvent:
+class JobEvent(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One line of a job's history. `number` rises per job from 1 without gaps."""
 
     job_id: JobId
