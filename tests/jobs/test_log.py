@@ -98,17 +98,47 @@ def test_full_files_are_rotated_and_the_oldest_goes(tmp_path: Path) -> None:
     assert found == journal.lines[-len(found) :] and len(found) == 40
 
 
-def test_a_crash_between_rotation_and_record_loses_and_doubles_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("made", [False, True])
+def test_a_crash_between_rotation_and_record_loses_and_doubles_nothing(tmp_path: Path, made: bool) -> None:
     journal = Journal(tmp_path, bytes_max=300)
     journal.write(10)
     journal.log.start()
     journal.log.stop()
     journal.write(10)
     journal.path.rename(journal.path.with_name("jobs.log.1"))
-    journal.path.write_text("".join(line + "\n" for line in journal.lines[10:15]) + "[torn")
+    if made:
+        journal.path.touch()
     journal.open().start()
     journal.log.stop()
     assert journal.found() == journal.lines[10:]
+
+
+class _Killed(BaseException):
+    """The process ends here."""
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_crash_after_the_lines_and_before_their_record_doubles_nothing(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch, first: bool
+) -> None:
+    """Also of the first lines of a file, which no record knows yet."""
+    if not first:
+        journal.write(2)
+        journal.log.start()
+        journal.log.stop()
+    else:
+        journal.path.parent.mkdir()
+    journal.write(3)
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(_Killed()))
+        journal.open()._mark = journal.log._mend()
+        with pytest.raises(_Killed):
+            journal.log.step()
+    assert journal.found() == journal.lines
+    journal.write(1)
+    journal.open().start()
+    journal.log.stop()
+    assert journal.found() == journal.lines
 
 
 @pytest.mark.parametrize("done", ["deleted", "emptied", "replaced"])

@@ -75,17 +75,14 @@ class JobLogFile:
         try:
             found = self._path.stat()
         except FileNotFoundError:
-            return msgspec.structs.replace(mark, file=0, size=0)
-        if found.st_ino == mark.file:
-            keep = min(mark.size, found.st_size)
-        elif (rotated := self._numbered(1)).exists() and rotated.stat().st_ino == mark.file:
-            # It was rotated after the mark: all of this file came later.
-            keep = 0
-        else:
-            # Somebody put another file there: leave what is in it.
-            keep = found.st_size
+            return mark
+        # Nothing is written into a file before the record names it, so what another one holds is not ours to cut.
+        keep = min(mark.size, found.st_size) if found.st_ino == mark.file else found.st_size
         os.truncate(self._path, keep)
-        return msgspec.structs.replace(mark, file=found.st_ino, size=keep)
+        mended = msgspec.structs.replace(mark, size=keep)
+        if mended != mark:
+            self._record(mended)
+        return mended
 
     def _gather(self) -> bool:
         self._clock.wait(self._stopping, _GATHER_S)
@@ -103,24 +100,29 @@ class JobLogFile:
                 return False
             self._backend.wait_durable(Commit(max(head, self._backend.head()), (), ()))
             text = "".join(f"[{one.job_id}] {one.level} - {_one_line(one.text)}\n" for one in events)
-            file, size = self._append(text.encode(errors="backslashreplace"))
-            self._mark = _Mark(events[-1].position, file, size)
-            self._backend.commit(Batch(records=[RecordOp(_MARK, msgspec.msgpack.encode(self._mark))]))
+            self._append(text.encode(errors="backslashreplace"), events[-1].position)
             if self._mark.position - self._released >= _RELEASE_EVENTS:
                 self._backend.jobs.release_events(self._mark.position)
                 self._released = self._mark.position
             return len(events) == _PASS_EVENTS
 
-    def _append(self, data: bytes) -> tuple[int, int]:
-        """Add lines; (inode, size) of the file after that."""
+    def _append(self, data: bytes, position: int) -> None:
+        """Add lines, then record that the file is as far as `position`."""
         if self._path.exists() and self._path.stat().st_size >= self._bytes_max:
             self._rotate()
         with self._path.open("ab") as file:
+            found = os.fstat(file.fileno())
+            if found.st_ino != self._mark.file:
+                self._backend.wait_durable(self._record(_Mark(self._mark.position, found.st_ino, found.st_size)))
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-            found = os.fstat(file.fileno())
-            return found.st_ino, found.st_size
+            self._record(_Mark(position, found.st_ino, os.fstat(file.fileno()).st_size))
+
+    def _record(self, mark: _Mark) -> Commit:
+        commit = self._backend.commit(Batch(records=[RecordOp(_MARK, msgspec.msgpack.encode(mark))]))
+        self._mark = mark
+        return commit
 
     def _numbered(self, number: int) -> Path:
         return self._path.with_name(f"{self._path.name}.{number}")
