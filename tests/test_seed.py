@@ -10,9 +10,11 @@ import kalamdb
 from kalamdb.app_context import AppContext
 from kalamdb.config import Settings
 from kalamdb.jobs import Completed, JobContext, JobExecutor, JobRegistry, UnifiedJobManager
+from kalamdb.jobs.executors.backup import BackupExecutor
 from kalamdb.jobs.executors.cleanup import CleanupExecutor
 from kalamdb.jobs.executors.compact import CompactExecutor
 from kalamdb.jobs.executors.flush import FlushExecutor
+from kalamdb.jobs.executors.restore import RestoreExecutor
 
 SOURCE = Path(kalamdb.__file__).parent
 REPLACED = ("TokioJobManager", "KalamSql", "class JobManager")
@@ -32,7 +34,8 @@ def test_the_context_hands_out_the_one_job_manager_with_a_registry_of_executors(
         assert type(context.job_manager) is UnifiedJobManager
         assert type(context.job_registry) is JobRegistry
         assert context.job_manager.registry is context.job_registry
-        by_type = {one.job_type: one for one in (FlushExecutor, CompactExecutor, CleanupExecutor)}
+        kinds = (FlushExecutor, CompactExecutor, CleanupExecutor, BackupExecutor, RestoreExecutor)
+        by_type = {one.job_type: one for one in kinds}
         for job_type, kind in by_type.items():
             assert type(context.job_registry.get(job_type)) is kind
     finally:

@@ -26,6 +26,7 @@ from kalamdb.version import VERSION
 
 if TYPE_CHECKING:
     from kalamdb.async_database import AsyncDatabase, aconnect
+    from kalamdb.backup.restore import restore
     from kalamdb.database import Database, connect
     from kalamdb.result import Result
 
@@ -42,6 +43,10 @@ def __getattr__(name: str) -> Any:
         from kalamdb import async_database
 
         return getattr(async_database, name)
+    if name == "restore":
+        from kalamdb.backup.restore import restore
+
+        return restore
     if name == "Result":
         from kalamdb.result import Result
 
@@ -71,4 +76,5 @@ __all__ = [
     "UniqueViolation",
     "aconnect",
     "connect",
+    "restore",
 ]

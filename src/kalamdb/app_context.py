@@ -5,37 +5,44 @@ from __future__ import annotations
 import datetime as dt
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from kalamdb.backup import Backups, DatabaseIdentity
+from kalamdb.backup.adopt import adopt
+from kalamdb.backup.restore import Probation, waiting_generation
 from kalamdb.catalog import Catalog
 from kalamdb.clock import Clock, SystemClock, ulid, uuid_v7
 from kalamdb.config import SETTINGS, Settings
 from kalamdb.files import FileOps, LocalFiles
 from kalamdb.jobs import JobExecutor, JobRegistry, UnifiedJobManager
+from kalamdb.jobs.executors.backup import BackupExecutor
 from kalamdb.jobs.executors.cleanup import CleanupExecutor
 from kalamdb.jobs.executors.compact import CompactExecutor
 from kalamdb.jobs.executors.flush import FlushExecutor
+from kalamdb.jobs.executors.restore import RestoreExecutor
 from kalamdb.jobs.executors.retention import RetentionExecutor
 from kalamdb.jobs.executors.stream_eviction import StreamEvictionExecutor
 from kalamdb.jobs.executors.user_cleanup import UserCleanupExecutor
 from kalamdb.jobs.log import JobLogFile
 from kalamdb.jobs.manager import JobRequest
+from kalamdb.jobs.queues import MAINTENANCE_QUEUE
 from kalamdb.jobs.scheduler import Schedulers
 from kalamdb.jobs.schedules import JobSchedules
 from kalamdb.jobs.settings import JobSettings
 from kalamdb.schema import TableDef
 from kalamdb.service import Loop
 from kalamdb.sql.admin import Admin
+from kalamdb.sql.backups import BackupAdmin
 from kalamdb.sql.engine import Engine, EngineLimits
 from kalamdb.sql.query import Reader
 from kalamdb.sql.rows import Rows
 from kalamdb.sql.schedules import ScheduleAdmin
 from kalamdb.sql.session import Session
-from kalamdb.sql.statements import JobVerb, ScheduleStatement, UserStatement
+from kalamdb.sql.statements import BackupStatement, JobVerb, ScheduleStatement, UserStatement
 from kalamdb.sql.tokens import SqlLimits
 from kalamdb.sql.users import UserAdmin
 from kalamdb.storage import StorageBackend
@@ -95,15 +102,15 @@ class AppContext:
         self._stopping = threading.Lock()
         self._stopped = False
         with ExitStack() as stack:
-            self.directory = None if path is None else DataDirectory.open(path, self.clock)
+            self.directory = None if path is None else DataDirectory.open(path, self.clock, operations)
             if self.directory is not None:
                 stack.callback(self.directory.close)
+            self.backend = backend or self._open_backend()
+            stack.callback(lambda: self.backend.close())
+            if self.directory is not None:
+                self._enter_generation(self.directory)
                 root = self.directory.generation.segments
             assert root is not None
-            self.backend = backend or self._open_backend()
-            stack.callback(self.backend.close)
-            if self.directory is not None:
-                self.directory.finish_creation()
             files = LocalFiles(root, operations)
             self.catalog = Catalog(self.backend, self.clock)
             self.catalog.start()
@@ -119,11 +126,14 @@ class AppContext:
             self.maintenance = Maintenance(
                 self.store, self.users, deletion_grace_period_days=settings["deletion_grace_period_days"]
             )
+            self.backups = self._make_backups(root, operations)
+            self.probation: Probation | None = None
             self.job_registry = self._registry()
             self._job_manager = self._make_jobs(path)
             self.schedules = JobSchedules(
                 self.backend, self._job_manager, self.clock, misfire_grace_s=settings["jobs.misfire_grace_s"]
             )
+            self._adopt_restored()
             self.system_tables = self._system(root)
             self.session = self._make_session()
             for table in self._further_tables():
@@ -140,6 +150,42 @@ class AppContext:
             # A table that is quiet right after its flush is emptied by one range delete instead of row by row.
             self.backend.observe(lambda batch, _: self._remover.wake() if batch.retire else None)
             stack.pop_all()
+
+    def _enter_generation(self, directory: DataDirectory) -> None:
+        """Take over the restored generation that waits, if one does, and remove what nobody needs."""
+        directory.finish_creation()
+        waiting = waiting_generation(directory, self.backend)
+        if waiting is not None:
+            self.backend.close()
+            directory.switch(waiting)
+            self.backend = self._open_backend()
+        directory.remove_strays()
+
+    def _make_backups(self, root: Path, operations: FileOps | None) -> Backups:
+        directory = self.directory
+        if directory is None:
+            scratch, identity = root / ".checkpoints", DatabaseIdentity(self.clock.random_bytes(8).hex())
+        else:
+            lineage = directory.origin.lineage if directory.origin is not None else ()
+            scratch = directory.generation.path / "checkpoints"
+            identity = DatabaseIdentity(directory.database_uid, lineage)
+        backups = Backups(self.store, directory, scratch=scratch, identity=identity, operations=operations)
+        backups.remove_scratch()
+        return backups
+
+    def _adopt_restored(self) -> None:
+        if self.directory is None or self.directory.origin is None:
+            return
+        adopt(
+            self.backend, self.directory.origin, self.clock, pause_queues=self._pause_queues,
+            built_in=self.job_registry.job_types(), running_queue=MAINTENANCE_QUEUE,
+        )  # fmt: skip
+
+    def _pause_queues(self) -> None:
+        names = {queue.name for queue in self._job_manager.queues.all()}
+        names |= {schedule.queue for schedule in self.schedules.all() if schedule.queue is not None}
+        for name in sorted(names - {MAINTENANCE_QUEUE}):
+            self._job_manager.pause_queue(name, reason="the database was restored; RESUME QUEUE when all is well")
 
     def _open_backend(self) -> StorageBackend:
         settings = self.settings
@@ -182,6 +228,8 @@ class AppContext:
         registry.register(RetentionExecutor())
         registry.register(StreamEvictionExecutor())
         registry.register(UserCleanupExecutor())
+        registry.register(BackupExecutor(self.backups))
+        registry.register(RestoreExecutor(self.backups))
         return registry
 
     def _make_jobs(self, path: Path | None) -> UnifiedJobManager:
@@ -288,7 +336,21 @@ class AppContext:
             "hot_bytes": self.store.hot_bytes(),
             "hot_cache_bytes": self.store.hot.bytes_used,
             "abandoned_job_threads": self._job_manager.runner.abandoned_threads,
+            **self._restore_stats(),
         }
+
+    def _restore_stats(self) -> Mapping[str, object]:
+        found: dict[str, object] = {}
+        if self.directory is None:
+            return found
+        if (pending := self.backups.pending()) is not None:
+            found["restore_pending"] = pending
+        if (origin := self.directory.origin) is not None:
+            found["restored_from"] = f"'{origin.backup}' up to _seq {origin.snapshot_seq}"
+        if self.probation is not None and self.probation.kept is not None:
+            found["restore_previous_generation"] = self.probation.kept
+            found["restore_check_problems"] = len(self.probation.problems)
+        return found
 
     def _query_bytes_max(self) -> int:
         quarter = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
@@ -314,6 +376,7 @@ class AppContext:
             runners={
                 UserStatement: UserAdmin(self.users, jobs.erase_insert),
                 ScheduleStatement: ScheduleAdmin(self.schedules),
+                BackupStatement: BackupAdmin(self.backups, jobs.create),
             },
             limits=SqlLimits(
                 bytes_max=s["limits.sql_bytes_max"], tokens_max=s["limits.sql_tokens_max"],
@@ -329,8 +392,9 @@ class AppContext:
         """The manager of all jobs of this database."""
         return self._job_manager
 
-    def start(self, services: Any = None) -> None:
-        """Begin the background work. `services` is the database as user executors see it."""
+    def start(self, services: Any = None, *, check: Callable[[], list[str]] | None = None) -> None:
+        """Begin the background work. `services` is the database as user executors see it, `check` finds what is
+        wrong with the database: what a restore replaced is kept until it finds nothing."""
         self._job_manager.runner.services = services
         if self._job_manager.log is not None:
             self._job_manager.log.start()
@@ -338,6 +402,9 @@ class AppContext:
         self._job_manager.run_loop(self.settings["jobs.max_concurrent"])
         self.schedulers.start()
         self.schedules.start(running=self.settings["jobs.schedules_enabled"])
+        if self.directory is not None and check is not None:
+            self.probation = Probation(self.directory, check, self.clock)
+            self.probation.start()
 
     def stop(self) -> None:
         """End the background work, then release the store and the directory. Idempotent, also after fork()."""
@@ -357,6 +424,8 @@ class AppContext:
             stack.callback(self._job_manager.stop)
             stack.callback(self.schedulers.stop)
             stack.callback(self.schedules.stop)
+            if self.probation is not None:
+                stack.callback(self.probation.stop)
 
 
 def _executor_row(executor: JobExecutor[Any]) -> Sequence[Any]:

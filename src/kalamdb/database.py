@@ -14,10 +14,11 @@ from typing import Any
 import pyarrow as pa
 
 from kalamdb.app_context import AppContext
+from kalamdb.backup import job_path
 from kalamdb.check import CheckReport, check_database
 from kalamdb.config import Settings
 from kalamdb.errors import Closed, Denied, InvalidRequest
-from kalamdb.jobs import UnifiedJobManager
+from kalamdb.jobs import Job, UnifiedJobManager
 from kalamdb.result import Result
 from kalamdb.sql import statements as st
 from kalamdb.sql.caller import Caller
@@ -42,7 +43,7 @@ class Database:
         self._pid = os.getpid()
         self._closed = False
         self._on_close = on_close
-        context.start(_Services(self))
+        context.start(_Services(self), check=lambda: self.check().problems)
 
     @property
     def context(self) -> AppContext:
@@ -220,6 +221,20 @@ class Database:
             if not inner.ended:
                 inner.jobs += operations()
                 inner.commit()
+
+    def backup(self, path: str | os.PathLike[str], *, wait: bool = True, incremental: bool = False) -> Job:
+        """Back up the whole database into a new folder of the target `path`: a directory, or a URL of an object
+        store. Writes go on meanwhile.
+
+        Returns the job: as it ended, in whatever state, or with wait=False as it was accepted. `incremental`
+        shares unchanged files with the backup before. Raises InvalidRequest for a path that may not be used,
+        IdempotencyConflict while another backup to it runs.
+        """
+        self._check_open()
+        text = os.fspath(path)
+        self._context.backups.check_destination(text)
+        job = self.jobs.create_job("backup", {"path": job_path(text), "incremental": incremental})
+        return self.jobs.wait(job.id) if wait else job
 
     def check(self) -> CheckReport:
         """Verify that rows, segments, records and jobs fit together; changes nothing. Blocks while it reads all."""

@@ -25,6 +25,8 @@ _REASONS = {
     errno.EIO: "the disk reports an input/output error; check it",
 }
 
+_UNLINKABLE = frozenset({errno.ENOENT, errno.EXDEV, errno.EMLINK, errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS})
+
 
 _MAKE_ATTEMPTS = 3
 
@@ -56,6 +58,10 @@ class FileOps:
         """Replace `target` by `source`."""
         source.replace(target)
 
+    def link(self, source: Path, target: Path) -> None:
+        """Give a file a second name."""
+        os.link(source, target)
+
     def unlink(self, path: Path) -> None:
         """Remove a file."""
         path.unlink()
@@ -73,6 +79,13 @@ class LocalFiles:
         self._synced = {root}
         """Folders whose name this process saw on disk. One that is there may be of a process that was killed
         before it synced it, and not outlive a power cut."""
+
+    @staticmethod
+    def below(path: Path, operations: FileOps | None = None) -> LocalFiles:
+        """Files below a folder that may not be there yet."""
+        while not path.is_dir() and path != path.parent:
+            path = path.parent
+        return LocalFiles(path, operations)
 
     @contextmanager
     def create(self, path: Path) -> Iterator[BinaryIO]:
@@ -149,6 +162,37 @@ class LocalFiles:
         """Remove a file; fine when there is none. Raises Unavailable."""
         with _translated(path), suppress(FileNotFoundError):
             self._operations.unlink(path)
+
+    def make_folder(self, folder: Path) -> None:
+        """Make a folder and its parents, durable on return; fine when it is there. Raises Unavailable."""
+        with _translated(folder):
+            self._make_parents(folder)
+
+    def link(self, source: Path, path: Path) -> bool:
+        """Give a file that is never written again a second name, durable on return; False where the
+        filesystem cannot, or `source` is gone. Raises Unavailable."""
+        with _translated(path):
+            self._make_parents(path.parent)
+            try:
+                self._operations.link(source, path)
+            except OSError as exc:
+                if exc.errno in _UNLINKABLE:
+                    return False
+                raise
+            self._operations.fsync_dir(path.parent)
+            return True
+
+    def remove_tree(self, folder: Path) -> None:
+        """Remove a folder with all that is in it; fine when there is none. Raises Unavailable."""
+        with _translated(folder):
+            if not folder.is_dir():
+                return
+            for path in sorted(folder.iterdir()):
+                if path.is_dir() and not path.is_symlink():
+                    self.remove_tree(path)
+                else:
+                    self._operations.unlink(path)
+            self._operations.rmdir(folder)
 
     def names(self, folder: Path) -> list[Path]:
         """Files directly in a folder, by name; none when there is no such folder."""

@@ -92,7 +92,7 @@ def required_role(statement: st.Statement) -> Role:
             return Role.DBA
         case st.DropTable() | st.TruncateTable() | st.SetOption() | st.UserStatement() | st.ScheduleStatement():
             return Role.DBA
-        case st.ControlJob() | st.ControlQueue() | st.ExplainJob() | st.CreateJob():
+        case st.ControlJob() | st.ControlQueue() | st.ExplainJob() | st.CreateJob() | st.BackupStatement():
             return Role.DBA
         case st.Show(kind=st.ShowKind.ALL | st.ShowKind.COLUMNS | st.ShowKind.JOB):
             return Role.DBA

@@ -7,6 +7,14 @@ from collections.abc import Callable, Sequence
 from kalamdb.errors import InvalidRequest, LimitExceeded
 from kalamdb.sql import statements as st
 from kalamdb.sql.analyse import analyse_select, analyse_text, find_lookup, referenced_tables
+from kalamdb.sql.backups import (
+    parse_backup,
+    parse_explain_restore,
+    parse_prune,
+    parse_restore,
+    parse_show_backups,
+    parse_verify,
+)
 from kalamdb.sql.cursor import Cursor
 from kalamdb.sql.parse_jobs import parse_call, parse_control, parse_job_id
 from kalamdb.sql.parse_table import parse_alter_table, parse_create_table, parse_options
@@ -186,6 +194,8 @@ def _explain(cursor: Cursor) -> st.Statement:
     cursor.expect("EXPLAIN")
     if cursor.accept("JOB"):
         return st.ExplainJob(cursor.sql, parse_job_id(cursor))
+    if cursor.accept("RESTORE"):
+        return parse_explain_restore(cursor)
     analyze = cursor.accept("ANALYZE")
     cursor.accept("VERBOSE")
     rest = cursor.tokens[cursor.at :]
@@ -353,12 +363,14 @@ def _show(cursor: Cursor) -> st.Statement:
     elif cursor.accept("MANIFEST"):
         cursor.accept("CACHE")
         found = st.Show(sql, st.ShowKind.MANIFEST)
+    elif cursor.accept("BACKUPS"):
+        return parse_show_backups(cursor)
     elif cursor.accept("JOBS"):
         return _show_jobs(cursor)
     elif cursor.accept("JOB"):
         found = st.Show(sql, st.ShowKind.JOB, job_id=parse_job_id(cursor))
     else:
-        raise cursor.unexpected("NAMESPACES, TABLES, COLUMNS, STATS, MANIFEST, JOBS, JOB or ALL")
+        raise cursor.unexpected("NAMESPACES, TABLES, COLUMNS, STATS, MANIFEST, BACKUPS, JOBS, JOB or ALL")
     cursor.end()
     return found
 
@@ -434,4 +446,8 @@ _HANDLERS: dict[str, Callable[[Cursor], st.Statement]] = {
     "RESUME": parse_control(st.JobVerb.RESUME),
     "RETRY": parse_control(st.JobVerb.RETRY),
     "CALL": parse_call,
+    "BACKUP": parse_backup,
+    "RESTORE": parse_restore,
+    "VERIFY": parse_verify,
+    "PRUNE": parse_prune,
 }

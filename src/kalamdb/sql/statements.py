@@ -388,3 +388,28 @@ class ScheduleStatement(Statement):
     changes: dict[str, Expr]
     guard: bool
     """IF [NOT] EXISTS."""
+
+
+# Backups
+
+
+class BackupVerb(StrEnum):
+    """What is done with backups."""
+
+    BACKUP = "BACKUP"
+    RESTORE = "RESTORE"
+    VERIFY = "VERIFY"
+    SHOW = "SHOW"
+    PRUNE = "PRUNE"
+    EXPLAIN = "EXPLAIN"
+
+
+@dataclass(frozen=True, slots=True)
+class BackupStatement(Statement):
+    """BACKUP or RESTORE DATABASE, VERIFY BACKUP, SHOW or PRUNE BACKUPS, EXPLAIN RESTORE."""
+
+    verb: BackupVerb
+    path: str | None
+    """None only for SHOW BACKUPS of every target."""
+    options: dict[str, Any]
+    """Parameters of the job; `daily` and `weekly` of PRUNE."""

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
+from pathlib import Path
 from typing import Final, Protocol
 
 import msgspec
@@ -418,6 +419,14 @@ class StorageBackend(Protocol):
 
     def remove_retired(self, rows_max: int = 1000) -> bool:
         """Physically remove up to `rows_max` hot versions at or below a watermark; True if more remain."""
+        ...
+
+    def checkpoint(self, path: Path, pin: Callable[[], None]) -> AbstractContextManager[Snapshot]:
+        """Write the store as it is now into the new folder `path`, which RocksDB opens; a view of the same moment.
+
+        `pin` is called at that moment, before any later commit; it must not block. Blocks for the disk, and
+        commits wait meanwhile. Raises Unavailable.
+        """
         ...
 
     def purge(self, tables: Sequence[TableUid]) -> None:

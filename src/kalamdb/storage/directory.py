@@ -3,31 +3,39 @@
 FORMAT   format version and database uid, written last when a directory is made
 LOCK     flock of the process that holds the directory
 CURRENT  name of the generation: gen-N/rocksdb, gen-N/segments
+
+A restore makes a further generation beside the current one. Where it comes from, and the database uid that
+it gives the directory, stand in gen-N/ORIGIN: so the one rename of CURRENT decides about everything.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
 import socket
 import threading
 import weakref
 import zlib
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from kalamdb.clock import Clock
 from kalamdb.errors import Corrupt, DirectoryLocked, InvalidRequest, Unavailable
+from kalamdb.files import FileOps, LocalFiles
 
 FORMAT_VERSION = 1
-_FORMAT, _LOCK, _CURRENT = "FORMAT", "LOCK", "CURRENT"
+_FORMAT, _LOCK, _CURRENT, _ORIGIN = "FORMAT", "LOCK", "CURRENT", "ORIGIN"
 _UNFINISHED = f".{_FORMAT}.new"
 """FORMAT until the directory is made. It comes first, so data without either is a directory that lost its FORMAT."""
 _FIRST_GENERATION = "gen-1"
+_GENERATION = re.compile(r"gen-([1-9][0-9]*)\Z")
 _OURS = frozenset({_LOCK, _CURRENT, _FIRST_GENERATION, "logs", f".{_FORMAT}.tmp", f".{_CURRENT}.tmp"})
 """What a creation that was cut short may have left."""
 
@@ -36,6 +44,28 @@ class _Format(msgspec.Struct, frozen=True):
     format_version: int
     database_uid: str
     created_at: int
+
+
+class Origin(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a restored generation comes from."""
+
+    database_uid: str
+    """Uid of the restored database: a new one."""
+    lineage: tuple[str, ...] = ()
+    """Uids of the databases that it descends from, the nearest first."""
+    previous: str | None = None
+    """The generation that it replaced; kept until this one has passed a check."""
+    backup: str
+    """Where the backup lay."""
+    backup_id: str
+    backup_job: str | None = None
+    """Job that made the backup: in the backup itself it still runs."""
+    backup_message: str = ""
+    snapshot_seq: int
+    restored_at: int
+    resume_jobs: bool = False
+    restore_job: dict[str, Any] | None = None
+    """Columns of the job that restored it: job_id, parameters, queue, times."""
 
 
 class _Holder(msgspec.Struct, frozen=True):
@@ -62,21 +92,70 @@ class Generation:
         return self.path / "segments"
 
 
+class Generations:
+    """The generations of a held directory. Every step on files goes through `files`."""
+
+    def __init__(self, path: Path, files: LocalFiles) -> None:
+        self.path = path
+        self._files = files
+
+    def names(self) -> list[str]:
+        """All of them, the oldest first."""
+        found = [match for path in self.path.iterdir() if path.is_dir() and (match := _GENERATION.match(path.name))]
+        return [match.group(0) for match in sorted(found, key=lambda match: int(match.group(1)))]
+
+    def next(self) -> Generation:
+        """A name that none has; its folder is not made yet."""
+        names = self.names()
+        name = f"gen-{int(names[-1].removeprefix('gen-')) + 1}" if names else _FIRST_GENERATION
+        return Generation(name, self.path / name)
+
+    def seal(self, generation: Generation, origin: Origin) -> None:
+        """Say where a new generation comes from; all its files are on disk by now."""
+        self._files.replace(generation.path / _ORIGIN, _checked_body(msgspec.json.encode(origin)))
+
+    def origin(self, generation: Generation) -> Origin | None:
+        """Where a generation comes from; None when no restore made it. Raises Corrupt."""
+        path = generation.path / _ORIGIN
+        if not path.exists():
+            return None
+        try:
+            return msgspec.json.decode(_read_checked(path), type=Origin)
+        except msgspec.DecodeError as exc:
+            raise Corrupt(f"'{path}' is damaged: {exc}; restore the directory from a backup") from exc
+
+    def switch(self, generation: Generation) -> None:
+        """Make it the current one, by one rename; durable on return."""
+        self._files.replace(self.path / _CURRENT, _checked_body(generation.name.encode()))
+
+    def discard(self, name: str) -> None:
+        """Remove a generation that is not the current one."""
+        self._files.remove_tree(self.path / name)
+
+
 class DataDirectory:
     """A held data directory. Make one by `open`; `close` releases it last of all."""
 
-    def __init__(self, path: Path, lock: int, found: _Format, generation: Generation, created: bool) -> None:
+    def __init__(self, path: Path, lock: int, found: _Format, files: LocalFiles, created: bool) -> None:
         self.path = path
-        self.database_uid = found.database_uid
-        self.generation = generation
         self.is_new = created
+        self.generations = Generations(path, files)
+        self.generation = _read_current(path)
+        self.origin = self.generations.origin(self.generation)
+        """Where the current generation comes from, when a restore made it."""
+        self._format_uid = found.database_uid
         self._lock = lock
         self._pid = os.getpid()
         self._closing = threading.Lock()
         _open_directories.add(self)
 
+    @property
+    def database_uid(self) -> str:
+        """Names the database; a restored one has a new uid."""
+        return self._format_uid if self.origin is None else self.origin.database_uid
+
     @staticmethod
-    def open(path: Path, clock: Clock, *, create: bool = True) -> DataDirectory:
+    def open(path: Path, clock: Clock, operations: FileOps | None = None, *, create: bool = True) -> DataDirectory:
         """Hold the directory, making it when there is none.
 
         Raises DirectoryLocked (with the holder's pid), InvalidRequest for a folder that is not ours or
@@ -94,8 +173,7 @@ class DataDirectory:
             if created:
                 _refuse_headless(path)
                 _create(path, clock)
-            found = _read_format(path)
-            return DataDirectory(path, lock, found, _read_current(path), created)
+            return DataDirectory(path, lock, _read_format(path), LocalFiles(path, operations), created)
         except OSError as exc:
             _release(lock)
             raise Unavailable(f"data directory '{path}' cannot be opened: {exc.strerror}; check its rights") from exc
@@ -112,6 +190,19 @@ class DataDirectory:
             (self.path / _UNFINISHED).replace(self.path / _FORMAT)
             _sync_folder(self.path)
 
+    def switch(self, generation: Generation) -> None:
+        """Make another generation the current one, by one rename; its store is opened after that."""
+        self.generations.switch(generation)
+        self.generation, self.origin = generation, self.generations.origin(generation)
+
+    def remove_strays(self) -> None:
+        """Remove what restores that were cut short left: all but the current generation and the one before a
+        restore."""
+        kept = {self.generation.name, self.origin.previous if self.origin is not None else None}
+        for name in self.generations.names():
+            if name not in kept:
+                self.generations.discard(name)
+
     def close(self) -> None:
         """Release the directory. Idempotent."""
         with self._closing:
@@ -125,6 +216,72 @@ class DataDirectory:
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
+
+
+@contextmanager
+def held_for_restore(path: Path, clock: Clock, files: LocalFiles, *, overwrite: bool) -> Iterator[Generations]:
+    """Hold a directory whose database is replaced from outside, even a damaged one, or make one.
+
+    Raises InvalidRequest for one that is not empty unless `overwrite`, and for one that is not ours;
+    DirectoryLocked, Unavailable.
+    """
+    path = path.absolute()
+    _refuse_restore(path, overwrite)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = _take_lock(path, clock)
+    except OSError as exc:
+        raise Unavailable(f"data directory '{path}' cannot be opened: {exc.strerror}; check its rights") from exc
+    try:
+        yield Generations(path, files)
+    finally:
+        _release(lock)
+
+
+def _refuse_restore(path: Path, overwrite: bool) -> None:
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise InvalidRequest(f"'{path}' is not a directory")
+    names = sorted(entry.name for entry in path.iterdir() if entry.name != _LOCK)
+    if not names:
+        return
+    if not overwrite:
+        raise InvalidRequest(
+            f"'{path}' is not empty: it holds '{names[0]}'; choose another path, or pass overwrite=True to replace the "
+            "database in it"
+        )
+    if not any(name in (_FORMAT, _CURRENT) or _GENERATION.match(name) for name in names):
+        raise InvalidRequest(f"'{path}' holds '{names[0]}' and no database; choose an empty directory")
+    with suppress(Corrupt):
+        _read_format(path)
+
+
+def replaced_name(path: Path) -> str | None:
+    """The generation that a restore replaces; None when there is none that can be read."""
+    if not (path / _FORMAT).exists():
+        return None
+    try:
+        return _read_current(path).name
+    except (Corrupt, OSError):
+        return None
+
+
+def publish_restored(generations: Generations, generation: Generation, origin: Origin, files: LocalFiles) -> None:
+    """Make a restored generation the database of a directory held by `held_for_restore`; durable on return.
+
+    One rename decides: that of CURRENT, or that of FORMAT where there was no readable one.
+    """
+    path = generations.path
+    is_readable = False
+    if (path / _FORMAT).exists():
+        with suppress(Corrupt):
+            _read_format(path)
+            is_readable = True
+    generations.switch(generation)
+    if not is_readable:
+        found = _Format(FORMAT_VERSION, origin.database_uid, origin.restored_at)
+        files.replace(path / _FORMAT, _checked_body(msgspec.json.encode(found)))
 
 
 _open_directories: weakref.WeakSet[DataDirectory] = weakref.WeakSet()
@@ -243,10 +400,14 @@ def _read_checked(path: Path) -> bytes:
     return body
 
 
+def _checked_body(body: bytes) -> bytes:
+    return body + f"\n{zlib.crc32(body):08x}\n".encode()
+
+
 def _replace(path: Path, body: bytes) -> None:
     temporary = path.with_name(f".{path.name.lstrip('.')}.tmp")
     with temporary.open("wb") as file:
-        file.write(body + f"\n{zlib.crc32(body):08x}\n".encode())
+        file.write(_checked_body(body))
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
@@ -261,4 +422,13 @@ def _sync_folder(path: Path) -> None:
         os.close(folder)
 
 
-__all__ = ["DataDirectory", "Generation"]
+__all__ = [
+    "FORMAT_VERSION",
+    "DataDirectory",
+    "Generation",
+    "Generations",
+    "Origin",
+    "replaced_name",
+    "held_for_restore",
+    "publish_restored",
+]

@@ -19,8 +19,9 @@ import os
 import struct
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import islice
+from pathlib import Path
 
 import msgspec
 
@@ -267,6 +268,17 @@ class KvBackend:
             yield reader
         finally:
             raw.close()
+
+    @contextmanager
+    def checkpoint(self, path: Path, pin: Callable[[], None]) -> Iterator[Snapshot]:
+        """See StorageBackend."""
+        with ExitStack() as stack:
+            with self._lock:
+                self._check_writable()
+                pin()
+                self._kv.checkpoint(path)
+                snapshot = stack.enter_context(self.snapshot())
+            yield snapshot
 
     def latest(self) -> Snapshot:
         """See StorageBackend."""

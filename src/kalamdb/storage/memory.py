@@ -6,6 +6,7 @@ import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
+from pathlib import Path
 
 from sortedcontainers import SortedDict
 
@@ -94,6 +95,20 @@ class MemoryKv:
 
     def purge(self, ranges: Sequence[Range]) -> None:
         """The map holds current values only."""
+
+    def checkpoint(self, path: Path) -> None:
+        # A database in memory is backed up as one on disk, which it becomes when it is restored.
+        from kalamdb.storage.rocks import RocksKv
+
+        view = self.snapshot()
+        entries = iter(view.entries.items())
+        copy = RocksKv(path, create=True)
+        try:
+            while chunk := list(islice(entries, _CHUNK_KEYS)):
+                copy.write(chunk)
+            copy.sync()
+        finally:
+            copy.close()
 
     def stats(self) -> Mapping[str, int]:
         return {"entries": len(self._entries)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Protocol
 
 from kalamdb.storage import Caps
@@ -56,6 +57,10 @@ class OrderedKv(KvReader, Protocol):
 
     def purge(self, ranges: Sequence[Range]) -> None:
         """Rewrite what is stored so that its files hold no former value of `ranges`. Blocks for the disk."""
+        ...
+
+    def checkpoint(self, path: Path) -> None:
+        """Write all entries of now into the new folder `path`, as a store that RocksDB opens. Blocks for the disk."""
         ...
 
     def stats(self) -> Mapping[str, int]:

@@ -63,6 +63,11 @@ def manifest_json(entry: CatalogEntry, state: TableState) -> dict[str, Any]:
     }
 
 
+def mirror_body(entry: CatalogEntry, state: TableState) -> bytes:
+    """The mirror of a table as a file holds it."""
+    return msgspec.json.format(msgspec.json.encode(manifest_json(entry, state)))
+
+
 def write_mirror(store: TableStore, entry: CatalogEntry) -> None:
     """Bring the mirror of a table up to date. A failure is logged: the next change writes it again."""
     uid = entry.definition.uid
@@ -76,7 +81,7 @@ def write_mirror(store: TableStore, entry: CatalogEntry) -> None:
         shown = (state.manifest_version, current.definition.version)
         if store.mirrored.get(uid) == shown:
             return
-        body = msgspec.json.format(msgspec.json.encode(manifest_json(current, state)))
+        body = mirror_body(current, state)
         try:
             store.files.replace(path, body)
         except KalamDbError as exc:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
@@ -43,6 +44,7 @@ from kalamdb.tables.layout import Layout, Row, read_payload, row_at
 from kalamdb.tables.segments import Found, Segment, SegmentCache, SegmentRecord, segment_path
 from kalamdb.types import SHARED_SCOPE, RowFlags, Scope, Seq, TableKind, TableUid
 
+T = TypeVar("T")
 _BUSY_RETRIES = 8
 _COUNTED_COMMITS_MAX = 8192
 _BUSY_WAIT_S = 0.02
@@ -245,9 +247,7 @@ class TableStore:
 
     def _load(self, snapshot: Snapshot, entry: CatalogEntry) -> None:
         uid = entry.definition.uid
-        manifest = snapshot.records([record_key(RecordKind.MANIFEST, uid)])[0]
-        version = manifest.version if manifest else 0
-        state = TableState(uid, version, self.segments_in(snapshot, entry), snapshot.watermark(uid))
+        state = self.state_in(snapshot, entry)
         figures = HotFigures()
         if entry.definition.kind is not TableKind.STREAM:
             now_ms = self.backend.now_ms()
@@ -257,6 +257,13 @@ class TableStore:
         with self.hot.lock:
             self._states[uid] = state
             self._figures[uid] = figures
+
+    def state_in(self, snapshot: Snapshot, entry: CatalogEntry) -> TableState:
+        """Segments and watermark of a table as a snapshot names them."""
+        uid = entry.definition.uid
+        manifest = snapshot.records([record_key(RecordKind.MANIFEST, uid)])[0]
+        version = manifest.version if manifest else 0
+        return TableState(uid, version, self.segments_in(snapshot, entry), snapshot.watermark(uid))
 
     def segments_in(self, snapshot: Snapshot, entry: CatalogEntry) -> tuple[Segment, ...]:
         """The segments of a table that a snapshot names."""
@@ -414,6 +421,26 @@ class TableStore:
                     yield moment
                 finally:
                     held += moment.held
+        finally:
+            self.segments.unpin(held)
+
+    @contextmanager
+    def checkpoint(self, path: Path, read: Callable[[Snapshot], T]) -> Iterator[T]:
+        """Write the store's records and hot rows as they are now into the new folder `path`.
+
+        Yields what `read` finds in a view of the same moment; the files of all segments that are live in it
+        stay until the block ends.
+        """
+        held: list[str] = []
+
+        def pin() -> None:
+            with self.hot.lock:
+                held.extend(self.segments.pin(one for state in self._states.values() for one in state.segments))
+
+        try:
+            with self.backend.checkpoint(path, pin) as snapshot:
+                found = read(snapshot)
+            yield found
         finally:
             self.segments.unpin(held)
 

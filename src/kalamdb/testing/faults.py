@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from kalamdb.clock import Clock
 from kalamdb.storage import (
@@ -115,6 +116,11 @@ class FlakyBackend:
         """See StorageBackend."""
         self.delay()
         return self.inner.remove_retired(rows_max)
+
+    def checkpoint(self, path: Path, pin: Callable[[], None]) -> AbstractContextManager[Snapshot]:
+        """See StorageBackend."""
+        self.delay()
+        return self.inner.checkpoint(path, pin)
 
     def purge(self, tables: Sequence[TableUid]) -> None:
         """See StorageBackend."""
