@@ -82,7 +82,8 @@ class Backups:
         if path is not None:
             return list_backups(self._targets.open(path))
         rows = self._store.backend.jobs.query(JobFilter(job_type="backup", limit=None))
-        known = sorted({str(row.parameters["path"]) for row in rows if "path" in row.parameters})
+        given = [row.parameters for row in rows]
+        known = sorted({str(one["path"]) for one in given if isinstance(one, dict) and "path" in one})
         return [entry for one in known for entry in list_backups(self._targets.open(one))]
 
     def prune(self, path: str, *, daily: int, weekly: int) -> PruneReport:

@@ -94,6 +94,9 @@ class SteppedFiles(FileOps):
     def rename(self, source: Path, target: Path) -> None:
         self._step(f"rename {_kind(target)}", target, lambda: self._inner.rename(source, target))
 
+    def link(self, source: Path, target: Path) -> None:
+        self._step(f"link {_kind(target)}", target, lambda: self._inner.link(source, target))
+
     def unlink(self, path: Path) -> None:
         self._step(f"unlink {_kind(path)}", path, lambda: self._inner.unlink(path))
 
@@ -217,6 +220,11 @@ class SteppedBackend:
         self._on_step("before purge", None)
         self.inner.purge(tables)
         self._on_step("after purge", None)
+
+    def checkpoint(self, path: Path, pin: Callable[[], None]) -> AbstractContextManager[Snapshot]:
+        """See StorageBackend."""
+        self._on_step("before checkpoint", path)
+        return self.inner.checkpoint(path, pin)
 
     def head(self) -> Seq:
         """See StorageBackend."""
