@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from kalamdb.backup import Backups, DatabaseIdentity
 from kalamdb.backup.adopt import adopt
 from kalamdb.backup.restore import Probation, waiting_generation
 from kalamdb.catalog import Catalog
+from kalamdb.check import check_database
 from kalamdb.clock import Clock, SystemClock, ulid, uuid_v7
 from kalamdb.config import SETTINGS, Settings
 from kalamdb.files import FileOps, LocalFiles
@@ -127,7 +128,7 @@ class AppContext:
                 self.store, self.users, deletion_grace_period_days=settings["deletion_grace_period_days"]
             )
             self.backups = self._make_backups(root, operations)
-            self.probation: Probation | None = None
+            self.probation = None if self.directory is None else self._make_probation(self.directory)
             self.job_registry = self._registry()
             self._job_manager = self._make_jobs(path)
             self.schedules = JobSchedules(
@@ -172,6 +173,9 @@ class AppContext:
         backups = Backups(self.store, directory, scratch=scratch, identity=identity, operations=operations)
         backups.remove_scratch()
         return backups
+
+    def _make_probation(self, directory: DataDirectory) -> Probation:
+        return Probation(directory, lambda: check_database(self.store).problems, self.clock)
 
     def _adopt_restored(self) -> None:
         if self.directory is None or self.directory.origin is None:
@@ -392,9 +396,8 @@ class AppContext:
         """The manager of all jobs of this database."""
         return self._job_manager
 
-    def start(self, services: Any = None, *, check: Callable[[], list[str]] | None = None) -> None:
-        """Begin the background work. `services` is the database as user executors see it, `check` finds what is
-        wrong with the database: what a restore replaced is kept until it finds nothing."""
+    def start(self, services: Any = None) -> None:
+        """Begin the background work. `services` is the database as user executors see it."""
         self._job_manager.runner.services = services
         if self._job_manager.log is not None:
             self._job_manager.log.start()
@@ -402,8 +405,7 @@ class AppContext:
         self._job_manager.run_loop(self.settings["jobs.max_concurrent"])
         self.schedulers.start()
         self.schedules.start(running=self.settings["jobs.schedules_enabled"])
-        if self.directory is not None and check is not None:
-            self.probation = Probation(self.directory, check, self.clock)
+        if self.probation is not None:
             self.probation.start()
 
     def stop(self) -> None:

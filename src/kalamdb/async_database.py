@@ -195,6 +195,11 @@ class AsyncDatabase:
         async with self._pool.entered(blocking) as inner:
             yield AsyncTransaction(inner, self._pool)
 
+    async def backup(self, path: str | os.PathLike[str], *, wait: bool = True, incremental: bool = False) -> Job:
+        """See Database.backup. Holds no thread while it waits."""
+        job = await self._pool.run(self._database.backup, path, wait=False, incremental=incremental)
+        return await self._jobs.wait(job.id) if wait else job
+
     async def check(self) -> CheckReport:
         """See Database.check."""
         return await self._pool.run(self._database.check)

@@ -43,7 +43,7 @@ class Database:
         self._pid = os.getpid()
         self._closed = False
         self._on_close = on_close
-        context.start(_Services(self), check=lambda: self.check().problems)
+        context.start(_Services(self))
 
     @property
     def context(self) -> AppContext:

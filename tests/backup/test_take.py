@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import threading
 from pathlib import Path
@@ -15,7 +16,18 @@ from kalamdb.database import Database
 from kalamdb.errors import Corrupt, InvalidRequest, KalamDbError, NotFound
 from kalamdb.jobs.model import InterruptReason, JobInterrupted
 from kalamdb.testing.maintenance import Unwatched
-from tests.backup.support import Stopped, StoppingFiles, backup, connect, connect_with, contents, fill, restored
+from tests.backup.support import (
+    QUIET,
+    Image,
+    Stopped,
+    StoppingFiles,
+    backup,
+    connect,
+    connect_with,
+    contents,
+    fill,
+    restored,
+)
 from tests.conftest import run_job
 
 KEYS = 10
@@ -98,6 +110,17 @@ def test_a_database_in_memory_is_backed_up_into_one_on_disk(tmp_path: Path) -> N
         job = db.jobs.wait(db.jobs.create_job("restore", {"path": source}).id, 10)
         assert job.status == "failed" and "in memory" in job.message
     assert restored(source, tmp_path / "copy") == before
+
+
+def test_the_awaitable_database_backs_up_too(world: Image) -> None:
+    async def back_up() -> tuple[str, str]:
+        async with await kalamdb.aconnect(world.old, **QUIET) as db:
+            begun = await db.backup(world.path / "awaited", wait=False)
+            ended = await db.backup(world.path / "awaited too")
+            return begun.status, ended.status
+
+    assert asyncio.run(back_up()) == ("new", "completed")
+    assert restored(world.path / "awaited too", world.path / "copy") == world.before
 
 
 def files_of(source: str) -> list[str]:
