@@ -150,6 +150,7 @@ def test_counters_in_cold_rows_lose_no_step_while_flushes_and_compactions_run(op
     assert contents(db) == {0: 80, 1: 41, 2: 2}
 
 
+@pytest.mark.timeout(300)
 def test_ten_thousand_users_flush_into_one_segment_in_bounded_memory(tmp_path: Path) -> None:
     users, rows_each, batch = 10_000, 100, 4_000
     quiet = {"flush.scheduler_enabled": False, "compaction.enabled": False, "hot.bytes_max": 4 << 30}

@@ -76,12 +76,13 @@ def commit_groups(
     Few rows go to the hot tier, many as one segment per table. Raises ExpectationFailed when a key is
     no longer at its expected version, and what `TableStore.commit` raises.
     """
+    groups = [group for group in groups if group.changes]
     total = sum(len(group.changes) for group in groups)
     if total == 0 and not jobs:
         return None
     store.wait_for_room()
     if total > store.limits.batch_rows_max:
-        drafts = [_draft(store, group) for group in groups if group.changes]
+        drafts = [_draft(store, group) for group in groups]
         return commit_drafts(store, drafts, jobs=jobs)
     batch = Batch(jobs=list(jobs))
     checks: dict[bytes, RecordOp] = {}
