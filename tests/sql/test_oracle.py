@@ -120,5 +120,5 @@ def test_values_of_mixed_types_are_read_by_the_type_of_the_column() -> None:
         db.execute("CREATE SHARED TABLE m.t (id INT PRIMARY KEY, price DECIMAL(12,2))")
         db.insert("m.t", [(1, Decimal("1.25")), (2, 2.5), (3, "3.75"), (4, 4), (5, None)])
         assert db.execute("SELECT sum(price) FROM m.t").scalar() == Decimal("11.50")
-        with pytest.raises(kalamdb.InvalidRequest, match="column 'price' holds values of types"):
+        with pytest.raises(kalamdb.InvalidRequest, match="column 'price': <object .* is not a valid DECIMAL"):
             db.insert("m.t", [(6, Decimal("1.25")), (7, object())])
