@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -150,8 +151,9 @@ class Settings(Mapping[str, Any]):
 def _read(file: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(file.read_text())
-    except (OSError, tomllib.TOMLDecodeError) as exc:
-        raise InvalidRequest(f"settings file '{file}' cannot be read: {exc}") from exc
+    except (OSError, ValueError) as exc:
+        reason = exc.strerror if isinstance(exc, OSError) else exc
+        raise InvalidRequest(f"the settings file '{file}' (config) cannot be read: {reason}") from exc
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -169,18 +171,24 @@ def _checked(setting: Setting, value: Any) -> Any:
         if not isinstance(value, bool):
             raise ValueError("true or false is expected")
     elif kind is str:
+        if not isinstance(value, (str, os.PathLike)):
+            raise ValueError("a text is expected")
         value = str(value)
     else:
+        expected = "a whole number is expected" if kind is int else "a number is expected"
         if isinstance(value, bool):
-            raise ValueError("a number is expected")
+            raise ValueError(expected)
         try:
-            value = kind(value)
-        except (TypeError, ValueError):
-            raise ValueError("a number is expected") from None
+            number = kind(value)
+        except (TypeError, ValueError, OverflowError):
+            raise ValueError(expected) from None
+        if not math.isfinite(number) or (isinstance(value, float) and number != value):
+            raise ValueError(expected)
+        value = number
     if setting.choices and value not in setting.choices:
         raise ValueError(f"one of {', '.join(setting.choices)} is expected")
     if setting.low is not None and value < setting.low:
-        raise ValueError(f"at least {setting.low:g} is expected")
+        raise ValueError(f"at least {setting.low} is expected")
     if setting.high is not None and value > setting.high:
-        raise ValueError(f"at most {setting.high:g} is expected")
+        raise ValueError(f"at most {setting.high} is expected")
     return value

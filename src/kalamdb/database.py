@@ -26,6 +26,7 @@ from kalamdb.sql.cursor import Cursor
 from kalamdb.sql.ingest import columns_of
 from kalamdb.sql.tokens import tokenize
 from kalamdb.storage.jobs import JobFence, JobMove
+from kalamdb.tables.codec import is_unicode, shown
 from kalamdb.tables.transaction import Transaction as TableTransaction
 from kalamdb.tables.write import OnConflict
 from kalamdb.types import Role, Scope, TableId, TableKind
@@ -84,12 +85,17 @@ class Database:
     ) -> Caller:
         self._check_open()
         name = _DEFAULT_USER if user is None else user
-        if not isinstance(name, str) or not name or len(name) > _USER_LENGTH_MAX:
-            raise InvalidRequest(f"user {name!r} is not a name of 1 to {_USER_LENGTH_MAX} characters")
+        if not _is_user_name(name):
+            raise InvalidRequest(f"user {shown(name)} is not a name of 1 to {_USER_LENGTH_MAX} characters")
         try:
             wanted = Role.SYSTEM if role is None else Role(role)
         except ValueError:
             raise InvalidRequest(f"role '{role}' is not one of {', '.join(Role)}") from None
+        if namespace is not None and not (isinstance(namespace, str) and namespace.isidentifier()):
+            raise InvalidRequest(f"namespace {shown(namespace)} is not a name of letters, digits and underscores")
+        if timeout_s is not None and (type(timeout_s) not in (int, float) or not timeout_s >= 0):
+            raise InvalidRequest(f"timeout_s is {shown(timeout_s)}, a number of seconds from 0 is expected")
+        _check_params(params)
         self._context.users.refuse_gone(name)
         clock = self._context.clock
         deadline = None if timeout_s is None else clock.monotonic_s() + timeout_s
@@ -175,9 +181,10 @@ class Database:
             if user_column not in rows.schema.names:
                 raise InvalidRequest(f"the data has no column '{user_column}' (user_column)")
             names = rows.column(user_column).to_pylist()
+            for name in names:
+                if not _is_user_name(name):
+                    raise InvalidRequest(f"column '{user_column}' holds {shown(name)}, which is not a user name")
             for name in set(names):
-                if not isinstance(name, str) or not 0 < len(name) <= _USER_LENGTH_MAX:
-                    raise InvalidRequest(f"column '{user_column}' holds {name!r}, which is not a user name")
                 self._context.users.refuse_gone(name)
             stranger = next((name for name in names if name != caller.user), None)
             if stranger is not None and not caller.has(Role.SERVICE):
@@ -318,7 +325,7 @@ class _Services:
         return self._database.context.maintenance
 
     def execute(self, sql: str, params: Any, *, user: str | None, fence: JobFence) -> Result:
-        statements = self._database.context.session.parsed(sql)
+        statements = self._database.context.session.parsed(sql).statements
         if any(isinstance(one, st.TransactionControl) for one in statements):
             raise InvalidRequest("BEGIN and COMMIT cannot stand in SQL of a job; use ctx.transaction()")
         if any(isinstance(one, st.Insert | st.Update | st.Delete | st.CreateJob) for one in statements):
@@ -336,12 +343,31 @@ class _Services:
 
 def _table_id(table: str, namespace: str) -> TableId:
     """[namespace.]table as SQL reads it."""
-    if not isinstance(table, str):
-        raise InvalidRequest(f"the table is named by {table!r}; give a text like 'namespace.table'")
+    if not isinstance(table, str) or not table.strip():
+        raise InvalidRequest(f"the table is named by {shown(table)}; give a text like 'namespace.table'")
     cursor = Cursor(table, tokenize(table))
     name = cursor.table()
     cursor.end()
     return TableId(name.namespace or namespace, name.name)
+
+
+def _is_user_name(name: object) -> bool:
+    return isinstance(name, str) and 0 < len(name) <= _USER_LENGTH_MAX and is_unicode(name)
+
+
+def _check_params(params: object) -> None:
+    if params is None or isinstance(params, Mapping):
+        return
+    if isinstance(params, (str, bytes, bytearray)) or not isinstance(params, Sequence):
+        raise InvalidRequest(
+            f"params is {shown(params)}; a list or tuple for $1, $2 or ?, or a dict for :name is expected"
+        )
+
+
+def _check_path(what: str, given: object) -> None:
+    text = os.fspath(given) if isinstance(given, (str, os.PathLike)) else None
+    if not isinstance(text, str) or not text or "\x00" in text or not is_unicode(text):
+        raise InvalidRequest(f"{what} {shown(given)} is not the path of a file or directory")
 
 
 def connect(path: str | os.PathLike[str], **settings: Any) -> Database:
@@ -351,6 +377,9 @@ def connect(path: str | os.PathLike[str], **settings: Any) -> Database:
     names a TOML file. Raises DirectoryLocked, Corrupt, InvalidRequest, Unavailable.
     """
     file = settings.pop("config", None)
+    for what, given in (("path", path), ("config", file)):
+        if given is not None or what == "path":
+            _check_path(what, given)
     loaded = Settings.load(settings, file=None if file is None else Path(file))
     if os.fspath(path) != ":memory:":
         return Database(AppContext(Path(path), loaded))

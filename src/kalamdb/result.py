@@ -141,7 +141,13 @@ def table_rows(table: pyarrow.Table) -> list[tuple[Any, ...]]:
         return [()] * table.num_rows
     columns = []
     for field, column in zip(table.schema, table.columns, strict=True):
-        values = column.to_pylist()
+        try:
+            values = column.to_pylist()
+        except (OverflowError, ValueError) as exc:
+            raise InvalidRequest(
+                f"column '{field.name}' holds a value of type {field.type} that Python has no value for: {exc}; "
+                "read it with arrow() or CAST it to TEXT"
+            ) from exc
         convert = _converter(field)
         columns.append(values if convert is None else [None if v is None else convert(v) for v in values])
     return list(zip(*columns, strict=True))

@@ -19,6 +19,8 @@ SPECIALS = frozenset({"_seq", "_deleted"})
 _END_OF_WHERE = frozenset("GROUP HAVING ORDER LIMIT OFFSET UNION EXCEPT INTERSECT WINDOW".split())
 _TABLE_FUNCTIONS_REFUSED = frozenset({"generate_series", "range"})
 _SERIES_MAX = 1_000_000
+_SOURCES_MAX = 64
+"""Tables, views and common table expressions in FROM and JOIN; the engine plans 200 of them for a minute."""
 
 
 def analyse_select(text: str, tokens: Sequence[Token], *, explain: bool = False, analyze: bool = False) -> Select:
@@ -92,6 +94,9 @@ def _ctes_of(tree: exp.Expression) -> frozenset[str]:
 
 
 def _tables_of(tree: exp.Expression) -> tuple[TableName, ...]:
+    sources = sum(1 for _ in tree.find_all(exp.Table))
+    if sources > _SOURCES_MAX:
+        raise LimitExceeded(f"the statement reads {sources} tables, at most {_SOURCES_MAX} are allowed; split it")
     ctes = _ctes_of(tree)
     found: dict[TableName, None] = {}
     for table in tree.find_all(exp.Table):
@@ -129,10 +134,18 @@ def _tree(sql: str) -> exp.Expression:
 
 def _reason(exc: sqlglot.errors.SqlglotError) -> str:
     details = getattr(exc, "errors", None)
-    if details:
-        first = details[0]
-        return f"{first['description'].rstrip('.')} at {first['line']}:{first['col']}, near '{first['highlight'][:60]}'"
-    return str(exc).split("\n")[0][:300]
+    if not details:
+        return f"the query does not parse: {str(exc).splitlines()[0][:200]}"
+    first = details[0]
+    text, near = str(first["description"]).rstrip("."), str(first["highlight"])[:60]
+    where = f"near '{near}' at {first['line']}:{first['col']}"
+    if text.startswith("Required keyword"):
+        return f"an operand or a clause is missing {where}"
+    if text.startswith("Expecting ") and len(text) < 40:
+        return f"'{text.removeprefix('Expecting ')}' is missing {where}"
+    if text.startswith("Expected table name"):
+        return f"a table name is missing {where}"
+    return f"the query does not parse {where}"
 
 
 # Look-ups by key

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, assert_never
 
@@ -50,15 +50,24 @@ class Caller:
             if not isinstance(params, (list, tuple)) and (
                 isinstance(params, (str, bytes)) or not isinstance(params, Sequence)
             ):
-                raise InvalidRequest(f"parameter ${key} needs params as a sequence")
+                raise InvalidRequest(f"parameter ${key} was not given: params must be a list or tuple that holds it")
             if not 1 <= key <= len(params):
                 raise InvalidRequest(f"parameter ${key} was not given: there are {len(params)} parameters")
             return params[key - 1]
         if not isinstance(params, Mapping):
-            raise InvalidRequest(f"parameter :{key} needs params as a mapping")
+            raise InvalidRequest(f"parameter :{key} was not given: params must be a dict that holds it")
         if key not in params:
             raise InvalidRequest(f"parameter :{key} was not given; there are {', '.join(map(str, params)) or 'none'}")
         return params[key]
+
+    def check_parameters(self, wanted: Set[int | str]) -> None:
+        """Raise InvalidRequest unless each parameter in `wanted` was given, and no more by number."""
+        for key in wanted:
+            self.parameter(key)
+        if self.params is not None and not isinstance(self.params, Mapping):
+            used = max((key for key in wanted if isinstance(key, int)), default=0)
+            if len(self.params) > used:
+                raise InvalidRequest(f"{len(self.params)} parameters were given, the SQL uses {used}")
 
     def parameter_sql(self, key: int | str) -> str:
         """A parameter as an SQL literal."""

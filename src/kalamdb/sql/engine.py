@@ -10,20 +10,23 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 from datafusion import RuntimeEnvBuilder, SessionConfig, SessionContext, SQLOptions
 
-from kalamdb.errors import Closed, InvalidRequest, KalamDbError, LimitExceeded, Timeout
+from kalamdb.errors import Closed, Internal, InvalidRequest, KalamDbError, LimitExceeded, Timeout
 from kalamdb.sql.frames import Frames, Visible, empty_batch
 from kalamdb.sql.functions import Generators, register_functions
-from kalamdb.tables.scan import ScanPlan
+from kalamdb.tables.scan import FilePart, ScanPlan
 
 CATALOG = "kalam"
 _IDLE_CONTEXTS_MAX = 8
+_PARSER_DEPTH = 4096
+"""Never reached: statements are measured before. Near its own limit the parser tries every way of reading a
+CAST again, which takes for ever."""
 _FOOTER_CACHE_LIMIT = "16M"
 """Per idle context."""
 _NOISE = re.compile(
@@ -93,6 +96,8 @@ class _Request:
     sql: str
     sources: Sequence[TableSource]
     views: Mapping[tuple[str, str], str]
+    statistics: bool
+    """Whether the planner may know the statistics of files that belong to the caller's scope alone."""
 
 
 class Engine:
@@ -105,7 +110,7 @@ class Engine:
         self._lock = threading.Lock()
         self._idle: list[tuple[str, SessionContext]] = []
         """(default schema, context), the one used last first."""
-        self._frames = Frames(self._context("default"))
+        self._frames = Frames(self._context("default"), self._context("default", statistics=False))
 
     def query(
         self,
@@ -122,27 +127,33 @@ class Engine:
         `deadline` and `cancelled` are asked between batches. Raises InvalidRequest for what the engine
         refuses, LimitExceeded when memory does not suffice.
         """
-        plan = _Request(sql, sources, views or {})
-        try:
+        request = _Request(sql, sources, views or {}, statistics=_knows_statistics(sources))
+        parallel_sorts = True
+        while True:
             try:
-                with self._borrowed(default_schema) as context:
-                    stream, schema = self._start(plan, context)
+                with self._borrowed(default_schema, parallel_sorts) as context:
+                    stream, schema = self._start(request, context)
+                return QueryRun(schema, _batches(stream, schema, deadline, cancelled))
+            except KalamDbError:
+                raise
             except Exception as exc:  # noqa: BLE001 - DataFusion raises bare Exception
-                if not _is_refused_sort(exc):
-                    raise
-                stream, schema = self._start(plan, self._context(default_schema, parallel_sorts=False))
-        except KalamDbError:
-            raise
-        except Exception as exc:  # noqa: BLE001 - DataFusion raises bare Exception
-            raise translate(exc) from exc
-        return QueryRun(schema, _batches(stream, schema, deadline, cancelled))
+                if parallel_sorts and _is_refused_sort(exc):
+                    parallel_sorts = False
+                elif request.statistics:
+                    # The planner fails on some expressions over statistics although no row fails.
+                    request = replace(request, statistics=False)
+                else:
+                    raise translate(exc) from exc
 
     @contextmanager
-    def _borrowed(self, default_schema: str) -> Iterator[SessionContext]:
+    def _borrowed(self, default_schema: str, parallel_sorts: bool) -> Iterator[SessionContext]:
         """A context without tables for one query's planning; a running query does not need it any more.
 
         Used again because it keeps the footers of Parquet files. One that saw an error is not.
         """
+        if not parallel_sorts:
+            yield self._context(default_schema, parallel_sorts=False)
+            return
         with self._lock:
             at = next((at for at, (name, _) in enumerate(self._idle) if name == default_schema), None)
             context = self._context(default_schema) if at is None else self._idle.pop(at)[1]
@@ -157,7 +168,7 @@ class Engine:
 
     def _start(self, request: _Request, context: SessionContext) -> tuple[Any, pa.Schema]:
         for source in request.sources:
-            self._register(context, source)
+            self._register(context, source, request.statistics)
         for (namespace, name), text in request.views.items():
             frame = context.sql_with_options(text, _READ_ONLY)
             self._schema(context, namespace).register_table(name, frame.into_view())
@@ -172,7 +183,12 @@ class Engine:
         return [tuple(row.values()) for batch in batches for row in batch.to_pylist()]
 
     def _context(
-        self, default_schema: str, *, parallel_sorts: bool = True, information: bool = False
+        self,
+        default_schema: str,
+        *,
+        parallel_sorts: bool = True,
+        information: bool = False,
+        statistics: bool = True,
     ) -> SessionContext:
         limits = self._limits
         config = (
@@ -185,6 +201,8 @@ class Engine:
             .set("datafusion.execution.parquet.schema_force_view_types", "false")
             .set("datafusion.sql_parser.map_string_types_to_utf8view", "false")
             .set("datafusion.execution.time_zone", "UTC")
+            .set("datafusion.execution.collect_statistics", str(statistics).lower())
+            .set("datafusion.sql_parser.recursion_limit", str(_PARSER_DEPTH))
         )
         context = SessionContext(config, self._runtime)
         context.sql(f"SET datafusion.runtime.metadata_cache_limit = '{_FOOTER_CACHE_LIMIT}'")
@@ -199,14 +217,19 @@ class Engine:
             catalog.register_schema(namespace, Schema.memory_schema())
         return catalog.schema(namespace)
 
-    def _register(self, context: SessionContext, source: TableSource) -> None:
+    def _register(self, context: SessionContext, source: TableSource, statistics: bool) -> None:
         plan = source.plan
         if isinstance(plan, pa.Table):
             frame = context.read_batches(plan.to_batches() or [empty_batch(plan.schema)])
         else:
             visible = Visible(source.with_seq, source.with_deleted, source.with_key, source.include_deleted)
-            frame = self._frames.of(plan, visible)
+            frame = self._frames.of(plan, visible, statistics=statistics)
         self._schema(context, source.namespace).register_table(source.name, frame.into_view())
+
+
+def _knows_statistics(sources: Sequence[TableSource]) -> bool:
+    plans = (source.plan for source in sources if isinstance(source.plan, ScanPlan))
+    return any(isinstance(part, FilePart) and part.key_start is None for plan in plans for part in plan.parts)
 
 
 _READ_ONLY = SQLOptions().with_allow_ddl(False).with_allow_dml(False).with_allow_statements(False)
@@ -260,15 +283,67 @@ def _in_schema(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
 
 def translate(exc: Exception) -> KalamDbError:
     """An error of the engine as one of our tree, without paths and names of our own."""
-    text = _PATH.sub("a segment", str(exc))
-    text = _INTERNAL_NAME.sub("", text)
+    text = _INTERNAL_NAME.sub("", _PATH.sub("a segment", str(exc)))
     if "Resources exhausted" in text:
         return LimitExceeded(
             "the query needs more memory than datafusion.memory_limit allows and could not "
             "spill; narrow it or raise the limit"
         )
-    text = _NOISE.sub("", text).strip()
-    return InvalidRequest(text.split("\nbacktrace")[0][:2000] or "the engine refused the statement")
+    text = _NOISE.sub("", text).strip().split("\nbacktrace")[0]
+    if any(sign in text for sign in _BUGS):
+        return Internal(f"the SQL engine failed on this statement: {_first(text)}; write it in another way")
+    return InvalidRequest(_plain(text) or "the engine refused the statement")
+
+
+_TYPE_NAMES = {
+    "Utf8View": "TEXT",
+    "Utf8": "TEXT",
+    "Int64": "BIGINT",
+    "Int32": "INT",
+    "Int16": "SMALLINT",
+    "Float64": "DOUBLE",
+    "Float32": "FLOAT",
+    "Date32": "DATE",
+    "Boolean": "BOOLEAN",
+    "Binary": "BYTES",
+}
+_TYPE = re.compile(r"\b(" + "|".join(_TYPE_NAMES) + r")\b(?!\()")
+_DECIMAL = re.compile(r"\bDecimal128\((\d+), ?(\d+)\)")
+_PARSER = re.compile(r"ParserError\(\"(.*?)(?: at Line: \d+, Column: \d+)?\"\)", re.DOTALL)
+_TOKENIZER = re.compile(r"TokenizerError\(\"(.*?)(?: at Line: \d+, Column: \d+)?\"\)", re.DOTALL)
+_SIGNATURE = re.compile(r"Function '(\w+)' failed to match any signature, errors: .*?received (\w+)", re.DOTALL)
+_FIELD = re.compile(
+    r"No field named (.+?)\.(?: Did you mean '(.+?)'\?)?\s*(?:Valid fields are (.*)\.)?\s*\Z", re.DOTALL
+)
+_ERROR_TEXT_MAX = 1000
+_BUGS = ("Assertion failed", "panicked", "SanityCheckPlan")
+"""What the engine itself calls an internal error is often a statement of the wrong types."""
+
+
+def _plain(text: str) -> str:
+    """An error of the engine in the words of SQL."""
+    if "Null byte at position" in text:
+        return "a column of the result has a NUL character in its name; name it with AS"
+    found = _PARSER.search(text) or _TOKENIZER.search(text)
+    if found is not None:
+        return f"the statement does not parse: {found.group(1)}"[:_ERROR_TEXT_MAX]
+    found = _SIGNATURE.search(text)
+    if found is not None:
+        return f"function {found.group(1)} takes no argument of type {found.group(2).upper()}; add a CAST".replace(
+            "STRING", "TEXT"
+        )
+    found = _FIELD.search(text)
+    if found is not None:
+        name, near, known = found.groups()
+        names = [one for one in dict.fromkeys((known or "").split(", ")) if one and "._" not in one]
+        remedy = f"; did you mean '{near}'?" if near else f"; there are {', '.join(names)}" if names else ""
+        return f"there is no column {name}{remedy}"[:_ERROR_TEXT_MAX]
+    text = _DECIMAL.sub(r"DECIMAL(\1,\2)", _TYPE.sub(lambda match: _TYPE_NAMES[match.group()], _first(text)))
+    return text.replace(".\nDid you mean", "; did you mean").replace("\ncaused by\n", ": ")[:_ERROR_TEXT_MAX]
+
+
+def _first(text: str) -> str:
+    return text.split("\nThis issue was likely caused")[0].removeprefix("Internal error: ").strip()
 
 
 def scrub_plan(text: str) -> str:

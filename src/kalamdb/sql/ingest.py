@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from kalamdb.errors import InvalidRequest
+from kalamdb.tables.codec import shown
 from kalamdb.tables.layout import Layout
 
 _ONE_TYPE = (int, float, str, bytes, bool)
@@ -30,6 +31,15 @@ class Columns:
 
 def columns_of(data: Any, layout: Layout, user_column: str | None) -> Columns:
     """`data` as columns. Raises InvalidRequest for what is neither a table nor rows, and for values that do not fit."""
+    try:
+        found = _of_table(data, layout)
+    except (pa.ArrowException, ValueError, TypeError, KeyError, OverflowError) as exc:
+        raise InvalidRequest(f"the data cannot be read as a table: {shown(str(exc))}") from exc
+    return _of_rows(_rows(data), layout, user_column) if found is None else found
+
+
+def _of_table(data: Any, layout: Layout) -> Columns | None:
+    """What is a table already; None for rows."""
     if isinstance(data, pa.RecordBatch):
         return _named_once(pa.Table.from_batches([data]))
     if isinstance(data, pa.Table):
@@ -40,7 +50,7 @@ def columns_of(data: Any, layout: Layout, user_column: str | None) -> Columns:
         return _named_once(data.to_arrow())
     if hasattr(data, "__arrow_c_stream__"):
         return _named_once(pa.table(data))
-    return _of_rows(_rows(data), layout, user_column)
+    return None
 
 
 def _named_once(table: pa.Table) -> Columns:
@@ -69,12 +79,15 @@ def _of_pandas(frame: Any, layout: Layout) -> Columns:
 
 
 def _rows(data: Any) -> Sequence[Any]:
-    if isinstance(data, (str, bytes, Mapping)) or not isinstance(data, Iterable):
+    if isinstance(data, (str, bytes, Mapping, pa.Array, pa.ChunkedArray)) or not isinstance(data, Iterable):
         raise InvalidRequest(
             f"data of type {type(data).__name__} cannot be inserted; give Arrow, pandas, polars, or a list of dicts or "
             "tuples"
         )
-    rows = data if isinstance(data, (list, tuple)) else list(data)
+    try:
+        rows = data if isinstance(data, (list, tuple)) else list(data)
+    except TypeError as exc:
+        raise InvalidRequest(f"data of type {type(data).__name__} cannot be inserted: {exc}") from exc
     for at, row in enumerate(rows):
         if not isinstance(row, (Mapping, list, tuple)) or isinstance(row, Mapping) != isinstance(rows[0], Mapping):
             raise InvalidRequest(
@@ -88,6 +101,8 @@ def _of_rows(rows: Sequence[Any], layout: Layout, user_column: str | None) -> Co
         return Columns(pa.table({}))
     if isinstance(rows[0], Mapping):
         names = list(dict.fromkeys(name for row in rows for name in row))
+        if not names:
+            raise InvalidRequest("the rows name no column; give at least one")
         absent = {}
         for name in names:
             missing = [at for at, row in enumerate(rows) if name not in row]
@@ -99,9 +114,9 @@ def _of_rows(rows: Sequence[Any], layout: Layout, user_column: str | None) -> Co
     names = own if user_column is None else [user_column, *own]
     width = len(rows[0])
     for at, row in enumerate(rows):
-        if len(row) != width or width > len(names):
+        if len(row) != width or not 0 < width <= len(names):
             raise InvalidRequest(
-                f"row {at + 1} of the data has {len(row)} values; rows as tuples have one length of at most "
+                f"row {at + 1} of the data has {len(row)} values; rows as tuples have one length of 1 to "
                 f"{len(names)}: {', '.join(names)}"
             )
     arrays = [_column([row[at] for row in rows], name, layout) for at, name in enumerate(names[:width])]

@@ -38,7 +38,7 @@ _SCHEDULE_VERBS = frozenset(st.ScheduleVerb)
 _QUERY_WORDS = frozenset({"SELECT", "WITH", "VALUES", "(", "FROM", "TABLE"})
 
 
-def parse(text: str, limits: SqlLimits) -> list[st.Statement]:
+def parse(text: str, limits: SqlLimits) -> st.Script:
     """All statements of a text. Raises InvalidRequest, LimitExceeded."""
     check_size(text, limits)
     tokens = tokenize(text)
@@ -54,7 +54,8 @@ def parse(text: str, limits: SqlLimits) -> list[st.Statement]:
             raise LimitExceeded("the statement is nested too deeply; simplify it") from None
     if not out:
         raise InvalidRequest("No SQL statements provided")
-    return out
+    named = (token.text[1:] for token in tokens if token.kind is TokenKind.PARAM and token.text != "?")
+    return st.Script(tuple(out), frozenset(int(name) if name.isdigit() else name for name in named))
 
 
 def _parse_one(text: str, tokens: Sequence[Token]) -> st.Statement:

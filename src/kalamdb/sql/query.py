@@ -25,7 +25,7 @@ from kalamdb.sql.tokens import tokenize
 from kalamdb.tables.codec import Stored
 from kalamdb.tables.layout import Layout, Row
 from kalamdb.tables.read import scan_columns, scan_plan
-from kalamdb.tables.store import TableStore
+from kalamdb.tables.store import ReadPoint, TableStore
 from kalamdb.tables.transaction import Transaction
 from kalamdb.tables.write import Writer
 from kalamdb.types import Role, TableId, TableKind
@@ -171,15 +171,18 @@ class Reader:
 
     def _gather(
         self, query: Query, reads: _Reads, caller: Caller, transaction: Transaction | None, stack: ExitStack
-    ) -> None:
-        """Sources of all that a query reads, its tables at one moment."""
+    ) -> ReadPoint | None:
+        """Sources of all that a query reads, its tables at one moment, which is returned when there are some."""
         query.sources += [TableSource(one.namespace, one.name, self._system.table(one)) for one in reads.system]
         for view_id, statement in reads.views.items():
             text = _qualified(render(statement.sql, _no_params, caller.function_sql), view_id.namespace)
             qualified = replace(statement, sql=text)
             query.views[(view_id.namespace, view_id.name)] = self._plain_stars(qualified, reads, caller)
-        if reads.entries:
-            query.sources += self._table_sources(list(reads.entries.values()), reads, caller, transaction, stack)
+        if not reads.entries:
+            return None
+        sources, point = self._table_sources(list(reads.entries.values()), reads, caller, transaction, stack)
+        query.sources += sources
+        return point
 
     def _plain_stars(self, statement: st.Select, reads: _Reads, caller: Caller) -> str:
         """The text in which `*` stands for the tables' own columns although their sources have system columns."""
@@ -203,7 +206,7 @@ class Reader:
         caller: Caller,
         transaction: Transaction | None,
         stack: ExitStack,
-    ) -> list[TableSource]:
+    ) -> tuple[list[TableSource], ReadPoint]:
         wanted = [(entry, caller.scope(entry.definition)) for entry in entries]
         if transaction is not None:
             transaction.check_open()
@@ -224,7 +227,7 @@ class Reader:
                     include_deleted=reads.deleted_in_where,
                 )
             )
-        return sources
+        return sources, point
 
     def changes_of(
         self,
@@ -236,42 +239,35 @@ class Reader:
         caller: Caller,
         transaction: Transaction | None,
     ) -> tuple[pa.Table, int]:
-        """Rows of one table that a predicate chooses: `_key`, `_seq`, the columns, then the expressions as
-        `_new0`, `_new1`...; and the manifest version that they were read under."""
-        definition = entry.definition
+        """Rows of one table that a predicate chooses: `_seq`, the columns, then the expressions as `_new0`,
+        `_new1`..., for a STREAM table then `_key`; and the manifest version that they were read under.
+
+        Other row keys are not among them: a writer makes them from its own scope and the primary key, so
+        that no text of a caller can name a row of somebody else.
+        """
+        definition, is_stream = entry.definition, entry.definition.kind is TableKind.STREAM
         with ExitStack() as stack:
             query = Query("")
-            others = [name for name in tables if self.resolve(name, caller) != definition.table_id]
             reads = _Reads()
-            self._follow(reads, others, None, caller, 0)
-            self._gather(query, reads, caller, transaction, stack)
-            scope = caller.scope(definition)
-            if transaction is not None:
-                view = transaction.moment.read([(entry, scope)]).view(definition.uid)
-                overlay = transaction.overlay(definition.uid, scope)
-            else:
-                view = stack.enter_context(self._store.read_point([(entry, scope)])).view(definition.uid)
-                overlay = None
-            plan = scan_plan(self._store, view, overlay)
+            self._follow(reads, tables, None, caller, 0)
+            reads.entries[definition.table_id] = entry
+            point = self._gather(query, reads, caller, transaction, stack)
+            assert point is not None
+            target = (definition.namespace, definition.name)
+            at = next(at for at, one in enumerate(query.sources) if (one.namespace, one.name) == target)
             with_deleted = "_deleted" in where.lower()
-            query.sources.append(
-                TableSource(
-                    definition.namespace, definition.name, plan, with_seq=True, with_key=True, with_deleted=with_deleted
-                )
-            )
+            query.sources[at] = replace(query.sources[at], with_seq=True, with_key=is_stream, with_deleted=with_deleted)
             quoted = quote(alias)
-            items = [
-                f"{quoted}._key",
-                f"{quoted}._seq",
-                *(f"{quoted}.{quote(column.name)}" for column in definition.columns),
-            ]
+            items = [f"{quoted}._seq", *(f"{quoted}.{quote(column.name)}" for column in definition.columns)]
             items += [f"({expression}) AS _new{at}" for at, expression in enumerate(expressions)]
+            items += [f"{quoted}._key"] if is_stream else []
             text = (
                 f"SELECT {', '.join(items)} FROM {quote(definition.namespace)}.{quote(definition.name)} AS {quoted} "
-                f"WHERE {where}"
+                f"WHERE ({where})"
             )
             query.sql = render(text, caller.parameter_sql, caller.function_sql)
-            return self.run(query, caller).table(self._result_bytes_max), view.state.manifest_version
+            found = self.run(query, caller).table(self._result_bytes_max)
+            return found, point.view(definition.uid).state.manifest_version
 
     def evaluate(
         self,

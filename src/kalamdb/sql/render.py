@@ -16,6 +16,7 @@ import msgspec
 from kalamdb.errors import InvalidRequest
 from kalamdb.sql.functions import GENERATED_NAMES, JSON_ACCESS_NAMES, JSON_WHOLE_NAMES
 from kalamdb.sql.tokens import Token, TokenKind, tokenize
+from kalamdb.tables.codec import is_unicode, shown
 
 CALLER_WORDS = frozenset({"CURRENT_USER", "CURRENT_USER_ID", "CURRENT_ROLE"})
 """Stand with or without parentheses."""
@@ -57,6 +58,8 @@ def sql_literal(value: Any) -> str:
         case float():
             return f"CAST('{value!r}' AS DOUBLE)"
         case str():
+            if not is_unicode(value):
+                raise InvalidRequest(f"the parameter {shown(value)} holds half of a surrogate pair, which is not text")
             return "'" + value.replace("'", "''") + "'"
         case bytes() | bytearray() | memoryview():
             return f"X'{bytes(value).hex()}'"
@@ -70,7 +73,10 @@ def sql_literal(value: Any) -> str:
         case uuid.UUID():
             return f"'{value}'"
         case list() | tuple() | dict():
-            return "'" + msgspec.json.encode(value).decode().replace("'", "''") + "'"
+            try:
+                return sql_literal(msgspec.json.encode(value).decode())
+            except (TypeError, ValueError, RecursionError) as exc:
+                raise InvalidRequest(f"the parameter {shown(value)} has no JSON form: {exc}") from exc
         case _:
             raise InvalidRequest(f"a parameter of type {type(value).__name__} has no SQL form")
 

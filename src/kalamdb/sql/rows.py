@@ -256,10 +256,9 @@ class Rows:
                 entry, statement.alias, expressions, statement.where, statement.tables, caller, transaction
             )
             group = ChangeGroup(entry, (writer.scope,), manifest)
-            keys_, seqs = found.column(KEY).to_pylist(), found.column(SEQ).to_pylist()
             stored = _stored_rows(layout, found)
             fresh = _coerced(layout, found, targets)
-            for at, (key, seq, old) in enumerate(zip(keys_, seqs, stored, strict=True)):
+            for at, (seq, old) in enumerate(zip(found.column(SEQ).to_pylist(), stored, strict=True)):
                 row = list(old)
                 for target, column in zip(targets, fresh, strict=True):
                     row[target] = column[at]
@@ -268,7 +267,7 @@ class Rows:
                 for target in to_default:
                     row[target] = defaults.value(layout.columns[target].default, layout.columns[target])
                 if tuple(row) != old:
-                    group.changes.append(Change(key, tuple(row), seq))
+                    group.changes.append(Change(writer.key_of(old), tuple(row), seq))
                     rows.append(tuple(row))
             refuse_nulls(layout, rows)
             answer.take(rows)
@@ -289,24 +288,24 @@ class Rows:
             return answer.result(writer.delete_key(values, answer.take).count)
         rows: list[Row] = []
 
-        def choose() -> tuple[list[tuple[bytes, int]], int]:
+        def choose() -> tuple[pa.Table, int]:
             found, manifest = self._reader.changes_of(
                 entry, statement.alias, (), statement.where, statement.tables, caller, transaction
             )
             rows[:] = _stored_rows(layout, found)
             answer.take(rows)
-            pairs = zip(found.column(KEY).to_pylist(), found.column(SEQ).to_pylist(), strict=True)
-            return list(pairs), manifest
+            return found, manifest
 
         def decide() -> ChangeGroup:
-            chosen, manifest = choose()
+            found, manifest = choose()
             group = ChangeGroup(entry, (writer.scope,), manifest)
-            for (key, seq), row in zip(chosen, rows, strict=True):
-                group.changes.append(Change(key, None, seq, row))
+            for seq, row in zip(found.column(SEQ).to_pylist(), rows, strict=True):
+                group.changes.append(Change(writer.key_of(row), None, seq, row))
             return group
 
         if is_stream:
-            writer.remove(choose()[0])
+            found, _ = choose()
+            writer.remove(list(zip(found.column(KEY).to_pylist(), found.column(SEQ).to_pylist(), strict=True)))
         else:
             writer.apply(decide)
         return answer.result(len(rows))
@@ -530,12 +529,12 @@ def _column_indexes(entry: CatalogEntry, columns: Sequence[str] | None) -> list[
 def _stored_rows(layout: Layout, found: pa.Table) -> list[Row]:
     if not found.num_rows:
         return []
-    columns = [codec.from_arrow(found.column(2 + at)) for at, codec in enumerate(layout.codecs)]
+    columns = [codec.from_arrow(found.column(1 + at)) for at, codec in enumerate(layout.codecs)]
     return list(zip(*columns, strict=True))
 
 
 def _coerced(layout: Layout, found: pa.Table, targets: Sequence[int]) -> list[list[Stored]]:
-    first = 2 + len(layout.columns)
+    first = 1 + len(layout.columns)
     out = []
     for number, target in enumerate(targets):
         codec, column = layout.codecs[target], layout.columns[target]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import count
@@ -72,7 +72,7 @@ class Session:
         self._runners = runners
         self._clock = clock
         self._limits = limits
-        self._cache: OrderedDict[str, list[st.Statement]] = OrderedDict()
+        self._cache: OrderedDict[str, st.Script] = OrderedDict()
         self._cache_entries_max = cache_entries_max
         self._cache_lock = Lock()
         self._transaction_timeout_s = transaction_timeout_s
@@ -86,34 +86,38 @@ class Session:
         BEGIN ... COMMIT works within the text; a text that ends inside a transaction is rolled back.
         Inside `transaction` BEGIN and COMMIT are refused.
         """
-        statements = self.parsed(sql)
+        script = self.parsed(sql)
+        statements = script.statements
         for statement in statements:
             check_role(caller, statement)
+        caller.check_parameters(script.parameters)
         if len(statements) == 1 and not isinstance(statements[0], st.TransactionControl | st.UseNamespace):
             return self._run(statements[0], caller, transaction)
         return self._run_batch(statements, caller, transaction)
 
-    def parsed(self, sql: str) -> list[st.Statement]:
+    def parsed(self, sql: str) -> st.Script:
         """The statements of a text, from the cache when it was seen lately."""
+        if not isinstance(sql, str):
+            raise InvalidRequest(f"SQL is text; a value of type {type(sql).__name__} was given")
         with self._cache_lock:
             known = self._cache.get(sql)
             if known is not None:
                 self._cache.move_to_end(sql)
                 return known
-        statements = parse(sql, self._limits)
-        if len(sql) <= _CACHED_TEXT_MAX and not any(isinstance(one, st.UserStatement) for one in statements):
+        script = parse(sql, self._limits)
+        if len(sql) <= _CACHED_TEXT_MAX and not any(isinstance(one, st.UserStatement) for one in script.statements):
             with self._cache_lock:
-                self._cache[sql] = statements
+                self._cache[sql] = script
                 while len(self._cache) > self._cache_entries_max:
                     self._cache.popitem(last=False)
-        return statements
+        return script
 
     @property
     def plans_cached(self) -> int:
         """How many texts are kept parsed."""
         return len(self._cache)
 
-    def _run_batch(self, statements: list[st.Statement], caller: Caller, outer: Transaction | None) -> Result:
+    def _run_batch(self, statements: Sequence[st.Statement], caller: Caller, outer: Transaction | None) -> Result:
         results: list[Result] = []
         with ExitStack() as stack:
             transaction = outer
@@ -185,10 +189,12 @@ class Session:
 
     def stream(self, sql: str, caller: Caller, stack: ExitStack) -> QueryRun:
         """A running SELECT whose rows come batch by batch until `stack` closes."""
-        statements = self.parsed(sql)
+        script = self.parsed(sql)
+        statements = script.statements
         if len(statements) != 1 or not isinstance(statements[0], st.Select) or statements[0].explain:
             raise InvalidRequest("only one SELECT can be streamed")
         check_role(caller, statements[0])
+        caller.check_parameters(script.parameters)
         return self._reader.open(statements[0], caller, None, stack)
 
     def _run(self, statement: st.Statement, caller: Caller, transaction: Transaction | None) -> Result:

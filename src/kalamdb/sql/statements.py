@@ -51,6 +51,14 @@ class Statement:
     sql: str
 
 
+@dataclass(frozen=True, slots=True)
+class Script:
+    """The statements of one text, and the parameters that it names."""
+
+    statements: tuple[Statement, ...]
+    parameters: frozenset[int | str]
+
+
 # Namespaces
 
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 from kalamdb.errors import InvalidRequest, LimitExceeded
 
@@ -22,8 +23,7 @@ class TokenKind(IntEnum):
     SYMBOL = 6
 
 
-@dataclass(frozen=True, slots=True)
-class Token:
+class Token(NamedTuple):
     """One token; `text` as written, `start` and `end` its place in the statement text."""
 
     kind: TokenKind
@@ -65,7 +65,7 @@ class SqlLimits:
 
 _TOKEN = re.compile(
     r"""(?P<space>\s+|--[^\n]*|/\*(?:[^*]|\*(?!/))*\*/)
-      |(?P<string>[xXbBeEnN]?'(?:[^']|'')*'|\$(?P<tag>[A-Za-z_]*)\$.*?\$(?P=tag)\$)
+      |(?P<string>[eE]'(?:[^'\\]|''|\\.)*'|[xXbBnN]?'(?:[^']|'')*'|\$(?P<tag>[A-Za-z_]*)\$.*?\$(?P=tag)\$)
       |(?P<quoted>"(?:[^"]|"")*"|`(?:[^`]|``)*`)
       |(?P<number>(?:\d[\d_]*(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?)
       |(?P<param>\$\d+|:[A-Za-z_]\w*|\?(?![|&?]))
@@ -82,11 +82,18 @@ _KINDS = {
     "word": TokenKind.WORD,
     "symbol": TokenKind.SYMBOL,
 }
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_QUERY_DEPTH_MAX = 16
+"""The engine's optimizer takes 15 times longer for every four levels of EXISTS or IN, and crashes above 400."""
+_LOGICAL = frozenset({"AND", "OR"})
 _CHAIN_SYMBOLS = frozenset("+ - * / % || = <> != < > <= >= -> ->> ~ ^ & | :: !~ ~* !~*".split())
-_CHAIN_WORDS = frozenset({"AND", "OR", "NOT", "LIKE", "ILIKE", "IS"})
+_CHAIN_WORDS = frozenset({"NOT", "LIKE", "ILIKE", "IS"})
 _SET_WORDS = frozenset({"UNION", "EXCEPT", "INTERSECT"})
-_UNCOUNTED_MIN = 3
-"""Literals after the third in a row of literals and commas are a list."""
+_LITERALS = frozenset({TokenKind.NUMBER, TokenKind.STRING, TokenKind.PARAM})
+_LITERAL_WORDS = frozenset({"NULL", "TRUE", "FALSE", "DEFAULT"})
+_LIST_SYMBOLS = frozenset(",()-")
+_UNCOUNTED_MIN = 5
+"""Tokens after the fifth in a row of literals, commas, signs and parentheses are a list."""
 
 
 def tokenize(sql: str) -> list[Token]:
@@ -98,9 +105,11 @@ def tokenize(sql: str) -> list[Token]:
             break
         position = match.end()
         kind = match.lastgroup if match.lastgroup != "tag" else "string"
-        if kind == "space":
-            continue
         text = match.group()
+        if kind == "space":
+            if "/*" in text and "/*" in text[2:] and text[0] == "/":
+                raise InvalidRequest(f"a comment at {place(sql, match.start())} holds another '/*'; end it before")
+            continue
         if kind == "symbol" and text in "'\"`":
             raise InvalidRequest(f"a quote that begins at {place(sql, match.start())} is not closed")
         if text == "/" and sql.startswith("/*", match.start()):
@@ -119,7 +128,7 @@ def place(sql: str, offset: int) -> str:
 
 
 def check_size(sql: str, limits: SqlLimits) -> None:
-    """Raise LimitExceeded for a text above limits.sql_bytes_max, InvalidRequest for a NUL in it."""
+    """Raise LimitExceeded for a text above limits.sql_bytes_max, InvalidRequest for what is not Unicode text."""
     size = len(sql) if sql.isascii() else len(sql.encode("utf-8", "surrogatepass"))
     if size > limits.bytes_max:
         raise LimitExceeded(
@@ -127,33 +136,51 @@ def check_size(sql: str, limits: SqlLimits) -> None:
         )
     if "\x00" in sql:
         raise InvalidRequest(f"the SQL text holds a NUL character at {place(sql, sql.index(chr(0)))}")
+    half = _SURROGATE.search(sql) if not sql.isascii() else None
+    if half is not None:
+        raise InvalidRequest(f"the SQL text holds half of a surrogate pair at {place(sql, half.start())}")
 
 
 def check_shape(tokens: Sequence[Token], limits: SqlLimits) -> None:
     """Raise LimitExceeded for a statement that is too long, too deep, or joins too many sets."""
-    depth = deepest = counted = operands = literals = 0
-    chains = [0]
+    outer = deepest = counted = operands = literals = logical = chain = queries = queries_deepest = 0
+    is_query = True
+    open_: list[tuple[int, int, bool]] = []
     for token in tokens:
-        literal = token.kind in (TokenKind.NUMBER, TokenKind.STRING, TokenKind.PARAM) or token.text == ","
+        word = token.upper
+        literal = token.kind in _LITERALS or token.text in _LIST_SYMBOLS or word in _LITERAL_WORDS
         literals = literals + 1 if literal else 0
         counted += not literal or literals <= _UNCOUNTED_MIN
-        word = token.upper
         if token.text in ("(", "[") or word == "CASE":
-            chains.append(0)
-        elif (token.text in (")", "]") or word == "END") and len(chains) > 1:
-            depth -= chains.pop()
+            chain += token.text == "["
+            open_.append((logical, chain, is_query))
+            outer += logical + chain + 1
+            logical, chain, is_query = 0, 0, False
+        elif (token.text in (")", "]") or word == "END") and open_:
+            queries -= is_query
+            logical, chain, is_query = open_.pop()
+            outer -= logical + chain + 1
+        elif word in _LOGICAL:
+            logical, chain = logical + 1, 0
         elif token.text in _CHAIN_SYMBOLS or word in _CHAIN_WORDS:
-            chains[-1] += 1
-            depth += 1
+            chain += 1
         elif token.text == "," or word in ("SELECT", "FROM", "WHERE", "SET", "VALUES"):
-            depth -= chains[-1]
-            chains[-1] = 0
+            logical = chain = 0
+        if word == "SELECT" and not is_query:
+            is_query = True
+            queries += 1
+            queries_deepest = max(queries_deepest, queries)
         operands += word in _SET_WORDS
-        deepest = max(deepest, depth + len(chains) - 1)
+        deepest = max(deepest, outer + logical + chain)
     if deepest > limits.depth_max:
         raise LimitExceeded(
             f"the statement nests or chains operators {deepest} deep, at most {limits.depth_max} are allowed "
             "(limits.sql_depth_max); use IN lists or join a VALUES list instead"
+        )
+    if queries_deepest > _QUERY_DEPTH_MAX:
+        raise LimitExceeded(
+            f"the statement nests sub-queries {queries_deepest} deep, at most {_QUERY_DEPTH_MAX} are allowed; "
+            "use WITH or joins instead"
         )
     if operands >= limits.set_operands_max:
         raise LimitExceeded(

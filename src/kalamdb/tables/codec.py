@@ -11,6 +11,7 @@ from __future__ import annotations
 import array
 import datetime as dt
 import math
+import re
 import struct
 import sys
 import uuid
@@ -38,12 +39,21 @@ _FLOAT32_MAX = 3.4028234663852886e38
 _TRUE = frozenset({"true", "t", "yes", "on", "1"})
 _FALSE = frozenset({"false", "f", "no", "off", "0"})
 _SHOWN_MAX = 60
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
 def shown(value: object) -> str:
     """`value` as it appears in an error message, cut to a readable length."""
-    text = repr(value)
+    text = _ADDRESS.sub("", repr(value))
     return text if len(text) <= _SHOWN_MAX else text[: _SHOWN_MAX - 3] + "..."
+
+
+def is_unicode(text: str) -> bool:
+    """Whether the text can be stored: it holds no half of a surrogate pair."""
+    try:
+        return text.isascii() or bool(text.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def physical_type(kind: DataType) -> pa.DataType:
@@ -180,13 +190,31 @@ class ValueCodec:
         if isinstance(column, pa.ChunkedArray):
             column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
         if column.type == self.physical and (self.kind.name not in _CHECKED_TEXT or self._all_finite(column)):
-            return column
+            return self._in_range(column, where)
         if self.kind.name not in _CHECKED_TEXT and _casts_exactly(column.type, self.physical):
             try:
-                return pc.cast(column, self.physical, safe=True)
+                return self._in_range(pc.cast(column, self.physical, safe=True), where)
             except pa.ArrowInvalid:
                 pass
-        return self.to_arrow([self.store(value, where=where) for value in column.to_pylist()])
+        try:
+            values = column.to_pylist()
+        except (OverflowError, ValueError) as exc:
+            raise InvalidRequest(f"{where}: a value is out of range for {self.kind}: {exc}") from exc
+        return self.to_arrow([self.store(value, where=where) for value in values])
+
+    def _in_range(self, column: pa.Array, where: str) -> pa.Array:
+        """Refuse moments that Arrow knows and Python does not: years 1 to 9999 can be read back."""
+        bounds = _MOMENTS.get(self.kind.name)
+        if bounds is None or not len(column):
+            return column
+        plain = pa.int32() if self.kind.name is TypeName.DATE else pa.int64()
+        found = pc.min_max(column.view(plain)).as_py()
+        for value in (found["min"], found["max"]):
+            if value is not None and not bounds[0] <= value <= bounds[1]:
+                unit = "days" if self.kind.name is TypeName.DATE else "microseconds"
+                since = "midnight" if self.kind.name is TypeName.TIME else "1970-01-01"
+                raise InvalidRequest(f"{where}: {value} {unit} since {since} is out of range for {self.kind}")
+        return column
 
     def _all_finite(self, column: pa.Array) -> bool:
         if self.kind.name is not TypeName.EMBEDDING or column.null_count:
@@ -246,6 +274,8 @@ def _float(value: object, kind: DataType) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float, Decimal, str)):
         raise _Unfit(f"{shown(value)} is not a valid {kind} value")
     number = float(value)
+    if math.isinf(number) and isinstance(value, Decimal) and value.is_finite():
+        raise _Unfit(f"{shown(value)} is out of range for {kind}")
     if kind.name is TypeName.FLOAT:
         if math.isfinite(number) and abs(number) > _FLOAT32_MAX:
             raise _Unfit(f"{shown(value)} is out of range for FLOAT")
@@ -403,6 +433,16 @@ _DECODERS: dict[TypeName, Callable[[Any], Any]] = {
     TypeName.EMBEDDING: lambda stored: list(struct.unpack(f"<{len(stored) // 4}f", stored)),
 }
 
+_DAY_US = 86_400_000_000
+_DAYS = (1 - _EPOCH_DAY, dt.date.max.toordinal() - _EPOCH_DAY)
+_MICROSECONDS = (_DAYS[0] * _DAY_US, (_DAYS[1] + 1) * _DAY_US - 1)
+_MOMENTS = {
+    TypeName.DATE: _DAYS,
+    TypeName.TIMESTAMP: _MICROSECONDS,
+    TypeName.DATETIME: _MICROSECONDS,
+    TypeName.TIME: (0, _DAY_US - 1),
+}
+"""Smallest and largest stored value."""
 _CHECKED_TEXT = frozenset({TypeName.JSON, TypeName.FILE, TypeName.UUID, TypeName.EMBEDDING})
 
 

@@ -123,7 +123,7 @@ def _file_part(
             segment.seq_base,
             has_tombstones=segment.record.tombstones > 0,
             has_hidden=has_hidden,
-            single_scope=whole or store.segments.holds_only(segment, start, end),
+            single_scope=whole or store.segments.separates(segment, start, end),
         )
 
     return store.segments.derived(segment, ("part", layout.version, start, has_hidden), build, _PART_BYTES)

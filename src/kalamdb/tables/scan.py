@@ -48,7 +48,7 @@ class FilePart:
     has_hidden: bool
     """Marks may hide rows of it."""
     single_scope: bool
-    """Each row group that is read belongs to the scope alone."""
+    """No row of another scope is read even if the caller's predicates stand beside the key range."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -490,11 +490,21 @@ class SegmentCache:
         )
         return bounds
 
-    def holds_only(self, segment: Segment, start: bytes, end: bytes) -> bool:
-        """Whether each row group that touches [start, end) lies wholly inside."""
-        return all(
-            start <= low and high < end for low, high in self.group_bounds(segment) if high >= start and low < end
-        )
+    def separates(self, segment: Segment, start: bytes, end: bytes) -> bool:
+        """Whether a reader that prunes by statistics reads nothing but [start, end).
+
+        Each row group lies wholly inside, or wholly outside and then says so twice: in its statistics and in
+        its page index. A reader gives up on statistics when another predicate cannot be evaluated on them.
+        """
+        footer = self.metadata(segment)
+        for group, (low, high) in enumerate(self.group_bounds(segment)):
+            if start <= low and high < end:
+                continue
+            key = footer.row_group(group).column(0)
+            stated = key.statistics is not None and key.statistics.has_min_max and key.has_column_index
+            if not stated or (high >= start and low < end):
+                return False
+        return True
 
     def _read(self, segment: Segment, group: int, columns: list[str] | None) -> pa.Table:
         def read() -> pa.Table:
