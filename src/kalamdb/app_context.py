@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import datetime as dt
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +14,10 @@ from kalamdb.backup.restore import Probation, waiting_generation
 from kalamdb.catalog import Catalog
 from kalamdb.check import check_database
 from kalamdb.clock import Clock, SystemClock, ulid, uuid_v7
-from kalamdb.config import SETTINGS, Settings
+from kalamdb.config import Settings
 from kalamdb.files import FileOps, LocalFiles
-from kalamdb.jobs import JobExecutor, JobRegistry, UnifiedJobManager
+from kalamdb.introspection import Introspection
+from kalamdb.jobs import JobRegistry, UnifiedJobManager
 from kalamdb.jobs.executors.backup import BackupExecutor
 from kalamdb.jobs.executors.cleanup import CleanupExecutor
 from kalamdb.jobs.executors.compact import CompactExecutor
@@ -29,54 +27,34 @@ from kalamdb.jobs.executors.retention import RetentionExecutor
 from kalamdb.jobs.executors.stream_eviction import StreamEvictionExecutor
 from kalamdb.jobs.executors.user_cleanup import UserCleanupExecutor
 from kalamdb.jobs.log import JobLogFile
-from kalamdb.jobs.manager import JobRequest
 from kalamdb.jobs.queues import MAINTENANCE_QUEUE
 from kalamdb.jobs.scheduler import Schedulers
 from kalamdb.jobs.schedules import JobSchedules
 from kalamdb.jobs.settings import JobSettings
-from kalamdb.schema import TableDef
 from kalamdb.service import Loop
 from kalamdb.sql.admin import Admin
 from kalamdb.sql.backups import BackupAdmin
 from kalamdb.sql.engine import Engine, EngineLimits
+from kalamdb.sql.jobs import JobAdmin
 from kalamdb.sql.query import Reader
 from kalamdb.sql.rows import Rows
 from kalamdb.sql.schedules import ScheduleAdmin
 from kalamdb.sql.session import Session
-from kalamdb.sql.statements import BackupStatement, JobVerb, ScheduleStatement, UserStatement
+from kalamdb.sql.statements import BackupStatement, ScheduleStatement, UserStatement
 from kalamdb.sql.tokens import SqlLimits
 from kalamdb.sql.users import UserAdmin
 from kalamdb.storage import StorageBackend
 from kalamdb.storage.directory import DataDirectory
-from kalamdb.storage.jobs import JobInsert
 from kalamdb.storage.kv import KvBackend
 from kalamdb.storage.memory import MemoryKv
-from kalamdb.system import ManifestRow, SettingRow, SystemSources, SystemTable, SystemTablesRegistry, columns_of
+from kalamdb.system import SystemSources, SystemTablesRegistry
 from kalamdb.system.users import user_tables
-from kalamdb.tables.compact import choose
 from kalamdb.tables.maintenance import Maintenance
-from kalamdb.tables.mirror import segment_json
 from kalamdb.tables.store import TableLimits, TableStore
 from kalamdb.tables.write import snowflake_id
-from kalamdb.types import TableId, TableKind
 from kalamdb.users import Users, audit_rows
-from kalamdb.version import VERSION
 
 _REMOVAL_INTERVAL_S = 1.0
-_TRANSACTIONS = TableId("system", "transactions")
-_TRANSACTION_COLUMNS = columns_of(
-    "transaction_id T, owner_id T, origin T, state T, age_ms BIGINT, idle_ms BIGINT, write_count BIGINT, "
-    "write_bytes BIGINT, touched_tables_count BIGINT, snapshot_commit_seq BIGINT"
-)
-_ENGINE_TABLES = {
-    "df_settings": "name T, value T?, description T?",
-    "routines": "specific_catalog T?, specific_schema T?, specific_name T?, routine_catalog T?, routine_schema T?, "
-    "routine_name T, routine_type T?, is_deterministic BOOL?, data_type T?, function_type T?, description T?, "
-    "syntax_example T?",
-    "parameters": "specific_catalog T?, specific_schema T?, specific_name T?, ordinal_position BIGINT, "
-    "parameter_mode T?, parameter_name T?, data_type T?, parameter_default T?, is_variadic BOOL?, rid BIGINT?",
-}
-"""Tables of information_schema that describe the engine."""
 
 
 class AppContext:
@@ -99,7 +77,6 @@ class AppContext:
         self.settings = settings
         self.clock = clock or SystemClock()
         self._pid = os.getpid()
-        self._made_s = self.clock.monotonic_s()
         self._stopping = threading.Lock()
         self._stopped = False
         with ExitStack() as stack:
@@ -137,7 +114,12 @@ class AppContext:
             self._adopt_restored()
             self.system_tables = self._system(root)
             self.session = self._make_session()
-            for table in self._further_tables():
+            self._introspection = Introspection(
+                clock=self.clock, store=self.store, session=self.session, engine=self._engine,
+                manager=self._job_manager, backups=self.backups, directory=self.directory, probation=self.probation,
+                made_s=self.clock.monotonic_s(),
+            )  # fmt: skip
+            for table in self._introspection.tables():
                 self.system_tables.register(table)
             self.schedulers = Schedulers(
                 self.maintenance, self._job_manager, self.clock,
@@ -269,11 +251,11 @@ class AppContext:
             SystemSources(
                 catalog=self.catalog,
                 jobs=self.backend.jobs,
-                manifests=self._manifests,
-                settings=self._setting_rows,
-                stats=self._stats,
-                job_queues=lambda: self._job_manager.queues.table_rows(),
-                job_executors=lambda: map(_executor_row, self.job_registry.executors()),
+                store=self.store,
+                settings=self.settings,
+                stats=lambda: self._introspection.figures(),
+                job_queues=self._job_manager.queues.table_rows,
+                job_executors=self.job_registry.table_rows,
                 job_schedules=self.schedules.table_rows,
                 segments_directory=str(root),
             )
@@ -281,80 +263,6 @@ class AppContext:
         for table in user_tables(self.users.all, lambda: audit_rows(self.backend)):
             registry.register(table)
         return registry
-
-    def _manifests(self) -> list[ManifestRow]:
-        rows = []
-        for entry in self.catalog.tables():
-            definition = entry.definition
-            if definition.kind is TableKind.STREAM:
-                continue
-            state = self.store.state(definition.uid)
-            rows.append(
-                ManifestRow(
-                    namespace=definition.namespace,
-                    table=definition.name,
-                    scope="shared" if definition.kind is TableKind.SHARED else "all",
-                    segments=[segment_json(segment) for segment in state.segments],
-                    sync_state="pending_write" if self.store.has_pending(definition.uid) else "in_sync",
-                    version=state.manifest_version,
-                    refreshed_at=max(
-                        (segment.record.created_at for segment in state.segments), default=definition.created_at
-                    ),
-                    accessed_at=self.clock.now_ms(),
-                )
-            )
-        return rows
-
-    def _transactions(self) -> Iterator[Sequence[Any]]:
-        now_s = self.clock.monotonic_s()
-        for one in self.session.open_transactions():
-            inner = one.transaction
-            ages_ms = (int((now_s - since_s) * 1000) for since_s in (one.began_s, inner.used_s))
-            yield str(one.number), one.owner, one.origin, "open", *ages_ms, *inner.writes, inner.moment.snapshot.seq
-
-    def _further_tables(self) -> Iterator[SystemTable]:
-        """System tables over what is made after the registry."""
-        yield SystemTable(_TRANSACTIONS, _TRANSACTION_COLUMNS, lambda _: self._transactions())
-        for name, columns in _ENGINE_TABLES.items():
-            rows = partial(self._engine_rows, name)
-            yield SystemTable(TableId("information_schema", name), columns_of(columns), rows)
-
-    def _engine_rows(self, name: str, filters: Mapping[str, Any]) -> Sequence[Sequence[Any]]:
-        return self._engine.information(name)
-
-    def _setting_rows(self) -> list[SettingRow]:
-        return [SettingRow(one.key, str(self.settings[one.key]), one.help, one.category) for one in SETTINGS]
-
-    def _stats(self) -> Mapping[str, object]:
-        uptime_s = int(self.clock.monotonic_s() - self._made_s)
-        return {
-            **self.backend.stats(),
-            "server_version": VERSION,
-            "server_uptime_seconds": uptime_s,
-            "server_uptime_human": str(dt.timedelta(seconds=uptime_s)),
-            "cpu_logical_cores": os.cpu_count() or 1,
-            "datafusion_query_parallelism": self.settings["datafusion.query_parallelism"],
-            "datafusion_memory_limit_mb": self._query_bytes_max() >> 20,
-            "plan_cache_size": self.session.plans_cached,
-            "open_transactions": len(self.session.open_transactions()),
-            "hot_bytes": self.store.hot_bytes(),
-            "hot_cache_bytes": self.store.hot.bytes_used,
-            "abandoned_job_threads": self._job_manager.runner.abandoned_threads,
-            **self._restore_stats(),
-        }
-
-    def _restore_stats(self) -> Mapping[str, object]:
-        found: dict[str, object] = {}
-        if self.directory is None:
-            return found
-        if (pending := self.backups.pending()) is not None:
-            found["restore_pending"] = pending
-        if (origin := self.directory.origin) is not None:
-            found["restored_from"] = f"'{origin.backup}' up to _seq {origin.snapshot_seq}"
-        if self.probation is not None and self.probation.kept is not None:
-            found["restore_previous_generation"] = self.probation.kept
-            found["restore_check_problems"] = len(self.probation.problems)
-        return found
 
     def _query_bytes_max(self) -> int:
         quarter = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
@@ -372,15 +280,15 @@ class AppContext:
         )
         reader = Reader(self.store, self.catalog, engine, self.system_tables, s["limits.result_bytes_max"])
         rows = Rows(self.store, reader, self.clock)
-        jobs = _SqlJobs(self)
-        admin = Admin(self.store, self.catalog, reader, self.system_tables, jobs, self.clock)
+        manager = self._job_manager
+        admin = Admin(self.store, self.catalog, reader, self.system_tables, manager, self.clock)
         self.rows = rows
         return Session(
-            self.store, reader, rows, admin, self.clock,
+            self.store, reader, rows, admin, JobAdmin(manager, self.store, reader), self.clock,
             runners={
-                UserStatement: UserAdmin(self.users, jobs.erase_insert),
+                UserStatement: UserAdmin(self.users, manager),
                 ScheduleStatement: ScheduleAdmin(self.schedules),
-                BackupStatement: BackupAdmin(self.backups, jobs.create),
+                BackupStatement: BackupAdmin(self.backups, manager),
             },
             limits=SqlLimits(
                 bytes_max=s["limits.sql_bytes_max"], tokens_max=s["limits.sql_tokens_max"],
@@ -428,71 +336,6 @@ class AppContext:
             stack.callback(self.schedules.stop)
             if self.probation is not None:
                 stack.callback(self.probation.stop)
-
-
-def _executor_row(executor: JobExecutor[Any]) -> Sequence[Any]:
-    """A row of system.job_executors."""
-    return (
-        executor.job_type,
-        executor.prefix,
-        executor.queue,
-        executor.priority,
-        executor.max_retries,
-        executor.timeout_s,
-        executor.on_interrupt.value,
-        None if executor.schedule is None else str(executor.schedule),
-        executor.schema(),
-    )
-
-
-class _SqlJobs:
-    """The job manager as SQL statements use it."""
-
-    def __init__(self, context: AppContext) -> None:
-        self._context = context
-
-    def create_maintenance(self, job_type: str, table_id: str) -> str:
-        return self._context.job_manager.create_job(job_type, {"table_id": table_id}).id
-
-    def cleanup_insert(self, definition: TableDef) -> JobInsert:
-        params = {"table_id": str(definition.table_id), "operation": "drop_table", "table_uid": int(definition.uid)}
-        return self._context.job_manager.prepare(JobRequest(job_type="cleanup", params=params))
-
-    def erase_insert(self, user_id: str) -> JobInsert:
-        return self._context.job_manager.prepare(JobRequest(job_type="user_cleanup", params={"user_id": user_id}))
-
-    def control(self, verb: JobVerb, job_id: str) -> Any:
-        manager = self._context.job_manager
-        match verb:
-            case JobVerb.CANCEL:
-                return manager.cancel_job(job_id)
-            case JobVerb.PAUSE:
-                return manager.pause_job(job_id)
-            case JobVerb.RESUME:
-                return manager.resume_job(job_id)
-            case JobVerb.RETRY:
-                return manager.retry_job(job_id)
-
-    def explain(self, job_id: str) -> Sequence[Any]:
-        return self._context.job_manager.explain_job(job_id)
-
-    def pause_queue(self, name: str, paused: bool, by: str) -> None:
-        manager = self._context.job_manager
-        if paused:
-            manager.pause_queue(name, by=by)
-        else:
-            manager.resume_queue(name)
-
-    def create(self, job_type: str, params: Any, by: str) -> str:
-        return self._context.job_manager.create_job(job_type, params, created_by=by).id
-
-    def prepare(self, job_type: str, params: Any, by: str) -> JobInsert:
-        request = JobRequest(job_type=job_type, params=params, created_by=by)
-        return self._context.job_manager.prepare(request)
-
-    def has_compactable(self, uid: int) -> bool:
-        store = self._context.store
-        return choose(store.state(uid), store.limits.level0_segments_max, full=True) is not None  # type: ignore[arg-type]
 
 
 __all__ = ["AppContext"]

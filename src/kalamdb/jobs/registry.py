@@ -7,7 +7,7 @@ import inspect
 import re
 import threading
 import types
-from collections.abc import Awaitable, Callable, Set
+from collections.abc import Awaitable, Callable, Sequence, Set
 from typing import Any, ClassVar, Generic, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import msgspec
@@ -233,6 +233,23 @@ class JobRegistry:
     def executors(self) -> list[JobExecutor[Any]]:
         """All executors, by type."""
         return [self._by_type[job_type] for job_type in self.job_types()]
+
+    def table_rows(self) -> list[Sequence[Any]]:
+        """Rows of system.job_executors."""
+        return [
+            (
+                one.job_type,
+                one.prefix,
+                one.queue,
+                one.priority,
+                one.max_retries,
+                one.timeout_s,
+                one.on_interrupt.value,
+                None if one.schedule is None else str(one.schedule),
+                one.schema(),
+            )
+            for one in self.executors()
+        ]
 
     def job_types(self) -> list[str]:
         """All types, sorted."""

@@ -1,19 +1,19 @@
-"""Statements about tables, namespaces and jobs."""
+"""Statements about namespaces, tables and views, and SHOW."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, Protocol, assert_never
+from typing import Any, assert_never
 
-import msgspec
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from kalamdb.alter import AddColumn, AlterChange, ModifyColumn, RowProbe
 from kalamdb.catalog import Catalog, CatalogEntry, TableSpec
 from kalamdb.clock import Clock
-from kalamdb.errors import Denied, IdempotencyConflict, InvalidRequest, NotFound
+from kalamdb.errors import Denied, InvalidRequest, NotFound
+from kalamdb.jobs import JobRequest, UnifiedJobManager
 from kalamdb.result import Result
 from kalamdb.schema import ColumnDef, TableDef
 from kalamdb.sql import statements as st
@@ -23,99 +23,30 @@ from kalamdb.sql.parse_table import resolve_default
 from kalamdb.sql.projection import quote
 from kalamdb.sql.query import Reader
 from kalamdb.storage.jobs import JobInsert
+from kalamdb.system import SystemTablesRegistry
 from kalamdb.tables.layout import KEY, Layout, conform, physical_name, read_payload
 from kalamdb.tables.store import TableStore
 from kalamdb.tables.write import Defaults
 from kalamdb.types import Role, TableId, TableKind
 
 
-class Jobs(Protocol):
-    """What SQL asks of the job manager."""
-
-    def create_maintenance(self, job_type: str, table_id: str) -> str:
-        """Create a flush or compact job; its id. Raises IdempotencyConflict."""
-        ...
-
-    def cleanup_insert(self, definition: TableDef) -> JobInsert:
-        """The cleanup job of a dropped table."""
-        ...
-
-    def control(self, verb: st.JobVerb, job_id: str) -> Any:
-        """Cancel, pause, resume or retry a job; the job as it is then."""
-        ...
-
-    def explain(self, job_id: str) -> Sequence[Any]:
-        """Why a job is not running: kind, detail, until."""
-        ...
-
-    def pause_queue(self, name: str, paused: bool, by: str) -> None:
-        """Pause or resume a queue."""
-        ...
-
-    def create(self, job_type: str, params: Any, by: str) -> str:
-        """Create a job; its id."""
-        ...
-
-    def prepare(self, job_type: str, params: Any, by: str) -> JobInsert:
-        """The operation that creates a job, for a transaction."""
-        ...
-
-    def has_compactable(self, uid: int) -> bool:
-        """Whether a compaction of the table would find something."""
-        ...
-
-
-def _told(verb: st.JobVerb, job: Any) -> str:
-    """What happened to a job, which may have been faster."""
-    match verb:
-        case st.JobVerb.CANCEL:
-            text = "killed: cancelled" if job.status == "cancelled" else f"had ended before: {job.status}"
-        case st.JobVerb.PAUSE if job.hold != "paused":
-            text = f"had ended before: {job.status}"
-        case st.JobVerb.PAUSE:
-            text = "pauses at its next check" if job.status == "running" else "paused"
-        case st.JobVerb.RESUME:
-            text = "resumed"
-        case st.JobVerb.RETRY:
-            text = "queued again"
-        case _:
-            assert_never(verb)
-    return f"Job {job.id} {text}"
-
-
-def _reasons(job_id: str, reasons: Sequence[Any]) -> pa.Table:
-    return pa.table(
-        {
-            "job_id": pa.array([job_id] * len(reasons), pa.string()),
-            "reason": pa.array([str(one.kind) for one in reasons], pa.string()),
-            "detail": pa.array([one.detail for one in reasons], pa.string()),
-            "until": pa.array([one.until for one in reasons], pa.timestamp("us", "UTC")),
-        }
-    )
-
-
-class SystemTables(Protocol):
-    """What SHOW and DESCRIBE need of the system tables."""
-
-    def find(self, table_id: TableId) -> Any: ...
-    def table(self, table_id: TableId) -> pa.Table: ...
-    def show_tables(self, namespace: str) -> pa.Table: ...
-    def describe(self, table_id: TableId) -> pa.Table: ...
-    def describe_schema(self, schema: pa.Schema) -> pa.Table: ...
-    def history(self, table_id: TableId) -> pa.Table: ...
-
-
 class Admin:
-    """Runs DDL, SHOW, STORAGE and JOB statements for callers."""
+    """Runs DDL and SHOW for callers."""
 
     def __init__(
-        self, store: TableStore, catalog: Catalog, reader: Reader, system: SystemTables, jobs: Jobs, clock: Clock
+        self,
+        store: TableStore,
+        catalog: Catalog,
+        reader: Reader,
+        system: SystemTablesRegistry,
+        manager: UnifiedJobManager,
+        clock: Clock,
     ) -> None:
         self._store = store
         self._catalog = catalog
         self._reader = reader
         self._system = system
-        self._jobs = jobs
+        self._manager = manager
         self._clock = clock
 
     def run(self, statement: st.Statement, caller: Caller) -> Result:
@@ -138,7 +69,7 @@ class Admin:
             case st.TruncateTable(table=table):
                 table_id = self._reader.resolve(table, caller)
                 self._reader.refuse_system("truncate", table_id)
-                definition, commit = self._catalog.truncate_table(table_id, self._jobs.cleanup_insert)
+                definition, commit = self._catalog.truncate_table(table_id, self._cleanup)
                 return Result(message=f"Table {definition.table_id} truncated. Cleanup job: {commit.jobs[0]}")
             case st.CreateView():
                 return self._create_view(statement, caller)
@@ -146,46 +77,20 @@ class Admin:
                 return self._drop_view(statement, caller)
             case st.Show():
                 return Result(self._show(statement, caller))
-            case st.Maintain():
-                return self._maintain(statement, caller)
-            case st.ControlJob(verb=verb, job_id=job_id):
-                return Result(row_count=1, message=_told(verb, self._jobs.control(verb, job_id)))
-            case st.ControlQueue(queue=queue, paused=paused):
-                self._jobs.pause_queue(queue, paused, caller.user)
-                return Result(row_count=1, message=f"Queue {queue} {'paused' if paused else 'resumed'}")
-            case st.ExplainJob(job_id=job_id):
-                return Result(_reasons(job_id, self._jobs.explain(job_id)))
-            case st.CreateJob():
-                job_type, params = self._job_arguments(statement, caller)
-                job_id = self._jobs.create(job_type, params, caller.user)
-                return Result(row_count=1, message=f"Job created. Job ID: {job_id}")
             case st.SetOption(name=name):
                 raise InvalidRequest(f"setting '{name}' cannot be changed by SET; give it when the database is opened")
             case _:
                 raise InvalidRequest(f"'{statement.sql[:60]}' cannot run here")
 
-    def prepare_job(self, statement: st.CreateJob, caller: Caller) -> JobInsert:
-        """The operation of CALL create_job, for a transaction."""
-        job_type, params = self._job_arguments(statement, caller)
-        return self._jobs.prepare(job_type, params, caller.user)
-
-    def _job_arguments(self, statement: st.CreateJob, caller: Caller) -> tuple[str, Any]:
-        job_type, params = caller.bind(statement.job_type), caller.bind(statement.params)
-        if not isinstance(job_type, str):
-            raise InvalidRequest("the first argument of create_job is the job type, as a text")
-        if isinstance(params, str):
-            try:
-                params = msgspec.json.decode(params)
-            except msgspec.DecodeError as exc:
-                raise InvalidRequest(f"the parameters of create_job are not JSON: {exc}") from None
-        if params is not None and not isinstance(params, dict):
-            raise InvalidRequest("the second argument of create_job is a JSON object, as a text")
-        return job_type, params
-
     def use(self, statement: st.UseNamespace) -> str:
         """The namespace that USE selects. Raises NotFound."""
         self._require_namespace(statement.name)
         return statement.name
+
+    def _cleanup(self, definition: TableDef) -> JobInsert:
+        """The job that removes what a dropped or truncated table leaves."""
+        params = {"table_id": str(definition.table_id), "operation": "drop_table", "table_uid": int(definition.uid)}
+        return self._manager.prepare(JobRequest(job_type="cleanup", params=params))
 
     def _require_namespace(self, name: str) -> None:
         if not self._catalog.has_namespace(name):
@@ -193,7 +98,7 @@ class Admin:
 
     def _drop_namespace(self, statement: st.DropNamespace) -> Result:
         try:
-            dropped, commit = self._catalog.drop_namespace(statement.name, self._jobs.cleanup_insert)
+            dropped, commit = self._catalog.drop_namespace(statement.name, self._cleanup)
         except NotFound:
             if statement.if_exists:
                 return Result(message=f"Namespace '{statement.name}' does not exist")
@@ -314,7 +219,7 @@ class Admin:
             raise InvalidRequest(
                 f"table '{table_id}' is a {entry.definition.kind.upper()} table, not a {statement.kind.upper()} table"
             )
-        definition, commit = self._catalog.drop_table(table_id, self._jobs.cleanup_insert)
+        definition, commit = self._catalog.drop_table(table_id, self._cleanup)
         return Result(message=f"Table {definition.table_id} dropped successfully. Cleanup job: {commit.jobs[0]}")
 
     def _drop_view(self, statement: st.DropView, caller: Caller) -> Result:
@@ -382,43 +287,3 @@ class Admin:
                 "tombstones": sum(one.record.tombstones for one in state.segments),
             }
         return pa.table({"statistic": list(rows), "value": pa.array(list(rows.values()), pa.int64())})
-
-    # Maintenance
-
-    def _maintain(self, statement: st.Maintain, caller: Caller) -> Result:
-        word = "flush" if statement.operation == "flush" else "compaction"
-        if statement.table is not None:
-            entry = self._reader.entry(statement.table, caller)
-            return Result(message=self._maintain_one(statement.operation, word, entry))
-        namespace = statement.namespace or caller.namespace
-        self._require_namespace(namespace)
-        entries = [one for one in self._catalog.tables(namespace) if one.definition.kind is not TableKind.STREAM]
-        wanted = [one for one in entries if self._has_work(statement.operation, one)]
-        if not wanted:
-            if statement.operation == "compact":
-                raise InvalidRequest(f"No compactable tables found in namespace '{namespace}'")
-            return Result(message=f"Storage flush skipped: no pending writes in namespace '{namespace}'")
-        ids = []
-        for entry in wanted:
-            try:
-                ids.append(self._jobs.create_maintenance(statement.operation, str(entry.definition.table_id)))
-            except IdempotencyConflict as conflict:
-                ids.append(conflict.job.id)
-        return Result(message=f"Storage {word} started for {len(ids)} table(s). Job IDs: [{', '.join(ids)}]")
-
-    def _has_work(self, operation: str, entry: CatalogEntry) -> bool:
-        if operation == "flush":
-            return self._store.has_pending(entry.definition.uid)
-        return self._jobs.has_compactable(entry.definition.uid)
-
-    def _maintain_one(self, operation: str, word: str, entry: CatalogEntry) -> str:
-        table_id = entry.definition.table_id
-        if entry.definition.kind is TableKind.STREAM:
-            raise InvalidRequest(f"STORAGE {operation.upper()} does not apply to STREAM table '{table_id}'")
-        if operation == "flush" and not self._has_work(operation, entry):
-            return f"Storage flush skipped for table '{table_id}': no pending writes"
-        try:
-            job_id = self._jobs.create_maintenance(operation, str(table_id))
-        except IdempotencyConflict as conflict:
-            return f"Storage {word} skipped for table '{table_id}': already queued or running ({conflict.job.id})"
-        return f"Storage {word} started for table '{table_id}'. Job ID: {job_id}"

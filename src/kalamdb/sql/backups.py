@@ -11,6 +11,7 @@ from kalamdb.backup import Backups, job_path
 from kalamdb.backup.listing import BackupEntry
 from kalamdb.backup.service import PlanStep
 from kalamdb.errors import InvalidRequest
+from kalamdb.jobs import UnifiedJobManager
 from kalamdb.result import Result
 from kalamdb.sql import statements as st
 from kalamdb.sql.caller import Caller
@@ -111,11 +112,15 @@ def _options(cursor: Cursor, **known: type) -> dict[str, Any]:
 
 
 class BackupAdmin:
-    """Runs the statements. `create_job` takes type, parameters and who asks, and returns the job's id."""
+    """Runs the statements."""
 
-    def __init__(self, backups: Backups, create_job: Callable[[str, dict[str, Any], str], str]) -> None:
+    def __init__(self, backups: Backups, manager: UnifiedJobManager) -> None:
         self._backups = backups
-        self._create_job = create_job
+        self._manager = manager
+
+    def _create(self, job_type: str, path: str, options: dict[str, Any], caller: Caller) -> str:
+        params = {"path": job_path(path), **options}
+        return self._manager.create_job(job_type, params, created_by=caller.user).id
 
     def run(self, statement: st.BackupStatement, caller: Caller) -> Result:
         """Run one statement; the role of the caller was checked."""
@@ -126,11 +131,11 @@ class BackupAdmin:
         match statement.verb:
             case st.BackupVerb.BACKUP:
                 self._backups.check_destination(path)
-                job_id = self._create_job("backup", {"path": job_path(path), **options}, caller.user)
+                job_id = self._create("backup", path, options, caller)
                 return Result(row_count=1, message=f"Database backup started to '{path}'. Job ID: {job_id}")
             case st.BackupVerb.RESTORE:
                 self._backups.locate(path)
-                job_id = self._create_job("restore", {"path": job_path(path), **options}, caller.user)
+                job_id = self._create("restore", path, options, caller)
                 text = f"Database restore started from '{path}'; restart required for it to take effect"
                 return Result(row_count=1, message=f"{text}. Job ID: {job_id}")
             case st.BackupVerb.VERIFY:

@@ -104,7 +104,7 @@ class Engine:
     """Makes contexts and runs queries. Thread-safe."""
 
     def __init__(self, limits: EngineLimits, generators: Generators) -> None:
-        self._limits = limits
+        self.limits = limits
         self._generators = generators
         self._runtime = RuntimeEnvBuilder().with_disk_manager_os().with_fair_spill_pool(limits.memory_bytes_max)
         self._lock = threading.Lock()
@@ -190,7 +190,7 @@ class Engine:
         information: bool = False,
         statistics: bool = True,
     ) -> SessionContext:
-        limits = self._limits
+        limits = self.limits
         config = (
             SessionConfig()
             .with_default_catalog_and_schema(CATALOG, default_schema)

@@ -17,6 +17,7 @@ from kalamdb.sql import statements as st
 from kalamdb.sql.admin import Admin
 from kalamdb.sql.caller import Caller, check_role
 from kalamdb.sql.engine import QueryRun
+from kalamdb.sql.jobs import JOB_STATEMENTS, JobAdmin
 from kalamdb.sql.parse import parse
 from kalamdb.sql.query import Reader
 from kalamdb.sql.rows import Rows
@@ -57,6 +58,7 @@ class Session:
         reader: Reader,
         rows: Rows,
         admin: Admin,
+        jobs: JobAdmin,
         clock: Clock,
         *,
         runners: Mapping[type[st.Statement], StatementRunner],
@@ -69,7 +71,8 @@ class Session:
         self._reader = reader
         self._rows = rows
         self._admin = admin
-        self._runners = runners
+        self._jobs = jobs
+        self._runners = {**dict.fromkeys(JOB_STATEMENTS, jobs), **runners}
         self._clock = clock
         self._limits = limits
         self._cache: OrderedDict[str, st.Script] = OrderedDict()
@@ -209,10 +212,12 @@ class Session:
                 return self._rows.update(statement, caller, transaction)
             case st.Delete():
                 return self._rows.delete(statement, caller, transaction)
-            case st.Show() | st.ExplainJob():
+            case st.Show():
                 return self._admin.run(statement, caller)
+            case st.ExplainJob():
+                return self._jobs.run(statement, caller)
             case st.CreateJob() if transaction is not None:
-                transaction.jobs.append(self._admin.prepare_job(statement, caller))
+                transaction.jobs.append(self._jobs.prepare(statement, caller))
                 return Result(row_count=1, message="Job accepted; it is created when the transaction commits")
             case _:
                 if transaction is not None:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, assert_never
 
 import msgspec
 
 from kalamdb.errors import InvalidRequest, NotFound
+from kalamdb.jobs import JobRequest, UnifiedJobManager
 from kalamdb.result import Result
 from kalamdb.sql import statements as st
 from kalamdb.sql.caller import Caller
 from kalamdb.sql.cursor import Cursor
-from kalamdb.storage.jobs import JobInsert
 from kalamdb.types import Role
 from kalamdb.users import Actor, AuthType, Credentials, Users
 
@@ -88,11 +87,11 @@ def _role(cursor: Cursor) -> Role:
 
 
 class UserAdmin:
-    """Runs statements about users. `make_cleanup` prepares the job that erases one."""
+    """Runs statements about users."""
 
-    def __init__(self, users: Users, make_cleanup: Callable[[str], JobInsert]) -> None:
+    def __init__(self, users: Users, manager: UnifiedJobManager) -> None:
         self._users = users
-        self._make_cleanup = make_cleanup
+        self._manager = manager
 
     def run(self, statement: st.UserStatement, caller: Caller) -> Result:
         """Run one statement; the role of the caller was checked."""
@@ -119,7 +118,8 @@ class UserAdmin:
                 users.restore(name, actor=actor)
                 return Result(message=f"User '{name}' restored")
             case st.UserVerb.PURGE:
-                job_id = users.purge(name, self._make_cleanup(name), actor=actor)
+                cleanup = self._manager.prepare(JobRequest(job_type="user_cleanup", params={"user_id": name}))
+                job_id = users.purge(name, cleanup, actor=actor)
                 return Result(message=f"User '{name}' is being erased. Cleanup job: {job_id}")
             case _:
                 assert_never(statement.verb)

@@ -10,13 +10,14 @@ a table comes without the bounds of its columns and keys.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 import pyarrow as pa
 
 from kalamdb.catalog import Catalog
+from kalamdb.config import SETTINGS, Settings
 from kalamdb.errors import Denied, InvalidRequest, NotFound
 from kalamdb.storage.jobs import JobStatus, JobStore
 from kalamdb.system.jobs import job_tables
@@ -43,14 +44,14 @@ from kalamdb.system.tables import (
     version_rows,
     wire_type,
 )
-from kalamdb.types import Role, TableId
+from kalamdb.tables.mirror import segment_json
+from kalamdb.tables.store import TableStore
+from kalamdb.types import Role, TableId, TableKind
 
 __all__ = [
     "INFORMATION_SCHEMA",
     "SYSTEM",
     "Filters",
-    "ManifestRow",
-    "SettingRow",
     "SystemColumn",
     "SystemSources",
     "SystemTable",
@@ -61,7 +62,6 @@ __all__ = [
     "wire_type",
 ]
 
-_SHARED_SCOPE: Final = "shared"
 _ALIASES: Final = {"manifest_cache": "manifest"}
 _BOUNDS: Final = frozenset({"min_key", "max_key"})
 _MANIFEST: Final = columns_of(
@@ -72,40 +72,14 @@ _SETTINGS: Final = columns_of("name T, value T, description T, category T")
 _STATS: Final = columns_of("metric_name T, metric_value T")
 
 
-@dataclass(frozen=True, slots=True)
-class ManifestRow:
-    """One table's manifest. `scope` is 'shared' for SHARED tables, 'all' for those with rows of users."""
-
-    namespace: str
-    table: str
-    scope: str
-    segments: Sequence[Mapping[str, Any]]
-    sync_state: str = "in_sync"
-    """in_sync, pending_write, syncing, stale or error."""
-    version: int = 0
-    refreshed_at: int = 0
-    """Milliseconds since 1970 of the last change."""
-    accessed_at: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class SettingRow:
-    """One setting in effect."""
-
-    name: str
-    value: str
-    description: str
-    category: str
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SystemSources:
     """Where the rows come from."""
 
     catalog: Catalog
     jobs: JobStore
-    manifests: Callable[[], Iterable[ManifestRow]]
-    settings: Callable[[], Iterable[SettingRow]]
+    store: TableStore
+    settings: Settings
     stats: Callable[[], Mapping[str, object]]
     """Figures by name; shown together with those of the catalog and of the jobs."""
     segments_directory: str
@@ -128,8 +102,8 @@ class SystemTablesRegistry:
             *catalog_tables(sources.catalog, self.tables, sources.segments_directory),
             *job_tables(sources.jobs, sources.job_queues, sources.job_executors, sources.job_schedules),
             *standard_tables(sources.catalog, self.tables),
-            SystemTable(TableId(SYSTEM, "manifest"), _MANIFEST, lambda _: map(_manifest_row, sources.manifests())),
-            SystemTable(TableId(SYSTEM, "settings"), _SETTINGS, lambda _: map(_setting_row, sources.settings())),
+            SystemTable(TableId(SYSTEM, "manifest"), _MANIFEST, lambda _: _manifest_rows(sources.store)),
+            SystemTable(TableId(SYSTEM, "settings"), _SETTINGS, lambda _: _setting_rows(sources.settings)),
             SystemTable(TableId(SYSTEM, "stats"), _STATS, lambda _: _stats_rows(sources)),
         ]
         for table in own:
@@ -197,8 +171,9 @@ class SystemTablesRegistry:
         return arrow_table(SCHEMAS, version_rows(self._catalog, self._catalog.require(table_id)))
 
 
-def _setting_row(row: SettingRow) -> Sequence[Any]:
-    return row.name, row.value, row.description, row.category
+def _setting_rows(settings: Settings) -> Rows:
+    for one in SETTINGS:
+        yield one.key, str(settings[one.key]), one.help, one.category
 
 
 def _stats_rows(sources: SystemSources) -> list[tuple[str, str]]:
@@ -214,20 +189,33 @@ def _stats_rows(sources: SystemSources) -> list[tuple[str, str]]:
     return sorted((name, str(value)) for name, value in figures.items())
 
 
-def _manifest_row(row: ManifestRow) -> Sequence[Any]:
-    table = f"{row.namespace}:{row.table}"
-    segments = [one if row.scope == _SHARED_SCOPE else _without_values(one) for one in row.segments]
-    manifest = {"table_id": table, "scope": row.scope, "version": row.version, "segments": segments}
-    head = (
-        f"{table}:{row.scope}",
-        row.namespace,
-        row.table,
-        row.scope,
-        None,
-        row.refreshed_at,
-        row.accessed_at,
-    )
-    return (*head, True, row.sync_state, manifest)
+def _manifest_rows(store: TableStore) -> Rows:
+    """One row per table, scope 'shared' or, where rows belong to users, 'all'."""
+    for entry in store.catalog.tables():
+        definition = entry.definition
+        if definition.kind is TableKind.STREAM:
+            continue
+        shared = definition.kind is TableKind.SHARED
+        state = store.state(definition.uid)
+        segments = [segment_json(segment) for segment in state.segments]
+        table, scope = f"{definition.namespace}:{definition.name}", "shared" if shared else "all"
+        yield (
+            f"{table}:{scope}",
+            definition.namespace,
+            definition.name,
+            scope,
+            None,
+            max((segment.record.created_at for segment in state.segments), default=definition.created_at),
+            store.clock.now_ms(),
+            True,
+            "pending_write" if store.has_pending(definition.uid) else "in_sync",
+            {
+                "table_id": table,
+                "scope": scope,
+                "version": state.manifest_version,
+                "segments": segments if shared else [_without_values(one) for one in segments],
+            },
+        )
 
 
 def _without_values(segment: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,101 @@
+"""What only the whole database knows of itself: figures, open transactions, what the engine offers."""
+
+from __future__ import annotations
+
+import datetime as dt
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from kalamdb.backup import Backups
+from kalamdb.backup.restore import Probation
+from kalamdb.clock import Clock
+from kalamdb.jobs import UnifiedJobManager
+from kalamdb.sql.engine import Engine
+from kalamdb.sql.session import Session
+from kalamdb.storage.directory import DataDirectory
+from kalamdb.system import INFORMATION_SCHEMA, SYSTEM, SystemTable, columns_of
+from kalamdb.tables.store import TableStore
+from kalamdb.types import TableId
+from kalamdb.version import VERSION
+
+_TRANSACTIONS = columns_of(
+    "transaction_id T, owner_id T, origin T, state T, age_ms BIGINT, idle_ms BIGINT, write_count BIGINT, "
+    "write_bytes BIGINT, touched_tables_count BIGINT, snapshot_commit_seq BIGINT"
+)
+_ENGINE_TABLES = {
+    "df_settings": "name T, value T?, description T?",
+    "routines": "specific_catalog T?, specific_schema T?, specific_name T?, routine_catalog T?, routine_schema T?, "
+    "routine_name T, routine_type T?, is_deterministic BOOL?, data_type T?, function_type T?, description T?, "
+    "syntax_example T?",
+    "parameters": "specific_catalog T?, specific_schema T?, specific_name T?, ordinal_position BIGINT, "
+    "parameter_mode T?, parameter_name T?, data_type T?, parameter_default T?, is_variadic BOOL?, rid BIGINT?",
+}
+"""Tables of information_schema that describe the engine."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Introspection:
+    """Rows of system.stats, system.transactions and of the engine's information_schema, over the parts."""
+
+    clock: Clock
+    store: TableStore
+    session: Session
+    engine: Engine
+    manager: UnifiedJobManager
+    backups: Backups
+    directory: DataDirectory | None
+    probation: Probation | None
+    made_s: float
+    """When the database was opened, by the monotonic clock."""
+
+    def figures(self) -> Mapping[str, object]:
+        """Figures by name, for system.stats."""
+        uptime_s = int(self.clock.monotonic_s() - self.made_s)
+        return {
+            **self.store.backend.stats(),
+            "server_version": VERSION,
+            "server_uptime_seconds": uptime_s,
+            "server_uptime_human": str(dt.timedelta(seconds=uptime_s)),
+            "cpu_logical_cores": os.cpu_count() or 1,
+            "datafusion_query_parallelism": self.engine.limits.target_partitions,
+            "datafusion_memory_limit_mb": self.engine.limits.memory_bytes_max >> 20,
+            "plan_cache_size": self.session.plans_cached,
+            "open_transactions": len(self.session.open_transactions()),
+            "hot_bytes": self.store.hot_bytes(),
+            "hot_cache_bytes": self.store.hot.bytes_used,
+            "abandoned_job_threads": self.manager.runner.abandoned_threads,
+            **self._of_restores(),
+        }
+
+    def _of_restores(self) -> Mapping[str, object]:
+        found: dict[str, object] = {}
+        if self.directory is None:
+            return found
+        if (pending := self.backups.pending()) is not None:
+            found["restore_pending"] = pending
+        if (origin := self.directory.origin) is not None:
+            found["restored_from"] = f"'{origin.backup}' up to _seq {origin.snapshot_seq}"
+        if self.probation is not None and self.probation.kept is not None:
+            found["restore_previous_generation"] = self.probation.kept
+            found["restore_check_problems"] = len(self.probation.problems)
+        return found
+
+    def tables(self) -> Iterator[SystemTable]:
+        """The system tables over these parts."""
+        yield SystemTable(TableId(SYSTEM, "transactions"), _TRANSACTIONS, lambda _: self._transactions())
+        for name, columns in _ENGINE_TABLES.items():
+            rows = partial(self._of_engine, name)
+            yield SystemTable(TableId(INFORMATION_SCHEMA, name), columns_of(columns), rows)
+
+    def _transactions(self) -> Iterator[Sequence[Any]]:
+        now_s = self.clock.monotonic_s()
+        for one in self.session.open_transactions():
+            inner = one.transaction
+            ages_ms = (int((now_s - since_s) * 1000) for since_s in (one.began_s, inner.used_s))
+            yield str(one.number), one.owner, one.origin, "open", *ages_ms, *inner.writes, inner.moment.snapshot.seq
+
+    def _of_engine(self, name: str, filters: Mapping[str, Any]) -> Sequence[Sequence[Any]]:
+        return self.engine.information(name)
