@@ -24,7 +24,7 @@ from tests.sql.grammar import DDL, MARKERS, Grammar, cells, marked_cells
 ALICE = "alice"
 ROWS = range(1, 13)
 STATEMENTS = 50
-WORLDS = {"hot": 4, "cold": 4, "mixed": 4, "marked": 3, "compacted": 3, "segments": 2, "large": 2}
+WORLDS = {"hot": 2, "cold": 4, "mixed": 3, "marked": 2, "compacted": 2, "segments": 1, "large": 2}
 """States of the tiers, and how many worlds of each are tried."""
 
 
@@ -220,6 +220,21 @@ def test_predicates_that_statistics_of_others_refuse_do_not_open_their_row_group
             found = pair.shared.execute(sql, user=ALICE).rows
             assert found == pair.alone.execute(sql, user=ALICE).rows
             assert found[0][0] > 800
+
+
+def test_the_planner_knows_no_statistics_of_a_file_that_users_share() -> None:
+    with opened("cold") as pair:
+        for predicate in (
+            "(CAST(d AS SMALLINT)) - 3 = 16",
+            "CAST(da AS TIMESTAMP) > TIMESTAMP '2000-01-01'",
+            "10 / z = n",
+        ):
+            for sql in (
+                f"SELECT count(*) FROM iso.t WHERE {predicate}",
+                f"SELECT count(*) FROM iso.p JOIN iso.t ON p.id = t.id WHERE {predicate}",
+                f"UPDATE iso.t SET v = v WHERE {predicate}",
+            ):
+                assert pair.shared.execute(sql, user=ALICE).rows == pair.alone.execute(sql, user=ALICE).rows
 
 
 @pytest.mark.parametrize("state", ["hot", "marked", "large"])

@@ -96,8 +96,16 @@ class _Request:
     sql: str
     sources: Sequence[TableSource]
     views: Mapping[tuple[str, str], str]
-    statistics: bool
-    """Whether the planner may know the statistics of files that belong to the caller's scope alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class _ContextKind:
+    default_schema: str
+    statistics: bool = False
+    """Whether the planner knows those of files. It evaluates the caller's expressions on them, so that they
+    must tell of the caller's scope alone. The context that plans decides, not the one that made a data frame."""
+    parallel_sorts: bool = True
+    information: bool = False
 
 
 class Engine:
@@ -108,9 +116,9 @@ class Engine:
         self._generators = generators
         self._runtime = RuntimeEnvBuilder().with_disk_manager_os().with_fair_spill_pool(limits.memory_bytes_max)
         self._lock = threading.Lock()
-        self._idle: list[tuple[str, SessionContext]] = []
-        """(default schema, context), the one used last first."""
-        self._frames = Frames(self._context("default"), self._context("default", statistics=False))
+        self._idle: list[tuple[_ContextKind, SessionContext]] = []
+        """The one used last first."""
+        self._frames = Frames(self._context(_ContextKind("default")))
 
     def query(
         self,
@@ -127,48 +135,45 @@ class Engine:
         `deadline` and `cancelled` are asked between batches. Raises InvalidRequest for what the engine
         refuses, LimitExceeded when memory does not suffice.
         """
-        request = _Request(sql, sources, views or {}, statistics=_knows_statistics(sources))
-        parallel_sorts = True
+        request = _Request(sql, sources, views or {})
+        kind = _ContextKind(default_schema, statistics=_may_use_statistics(sources))
         while True:
             try:
-                with self._borrowed(default_schema, parallel_sorts) as context:
+                with self._borrowed(kind) as context:
                     stream, schema = self._start(request, context)
                 return QueryRun(schema, _batches(stream, schema, deadline, cancelled))
             except KalamDbError:
                 raise
             except Exception as exc:  # noqa: BLE001 - DataFusion raises bare Exception
-                if parallel_sorts and _is_refused_sort(exc):
-                    parallel_sorts = False
-                elif request.statistics:
+                if kind.parallel_sorts and _is_refused_sort(exc):
+                    kind = replace(kind, parallel_sorts=False)
+                elif kind.statistics:
                     # The planner fails on some expressions over statistics although no row fails.
-                    request = replace(request, statistics=False)
+                    kind = replace(kind, statistics=False)
                 else:
                     raise translate(exc) from exc
 
     @contextmanager
-    def _borrowed(self, default_schema: str, parallel_sorts: bool) -> Iterator[SessionContext]:
+    def _borrowed(self, kind: _ContextKind) -> Iterator[SessionContext]:
         """A context without tables for one query's planning; a running query does not need it any more.
 
         Used again because it keeps the footers of Parquet files. One that saw an error is not.
         """
-        if not parallel_sorts:
-            yield self._context(default_schema, parallel_sorts=False)
-            return
         with self._lock:
-            at = next((at for at, (name, _) in enumerate(self._idle) if name == default_schema), None)
-            context = self._context(default_schema) if at is None else self._idle.pop(at)[1]
+            at = next((at for at, (known, _) in enumerate(self._idle) if known == kind), None)
+            context = self._context(kind) if at is None else self._idle.pop(at)[1]
         yield context
         catalog = context.catalog(CATALOG)
         for name in catalog.names():
             catalog.deregister_schema(name)
-        self._schema(context, default_schema)
+        self._schema(context, kind.default_schema)
         with self._lock:
-            self._idle.insert(0, (default_schema, context))
+            self._idle.insert(0, (kind, context))
             del self._idle[_IDLE_CONTEXTS_MAX:]
 
     def _start(self, request: _Request, context: SessionContext) -> tuple[Any, pa.Schema]:
         for source in request.sources:
-            self._register(context, source, request.statistics)
+            self._register(context, source)
         for (namespace, name), text in request.views.items():
             frame = context.sql_with_options(text, _READ_ONLY)
             self._schema(context, namespace).register_table(name, frame.into_view())
@@ -178,30 +183,23 @@ class Engine:
 
     def information(self, name: str) -> list[tuple[Any, ...]]:
         """Rows of the engine's own information_schema table `name`: df_settings, routines or parameters."""
-        context = self._context("default", information=True)
+        context = self._context(_ContextKind("default", information=True))
         batches = context.sql_with_options(f"SELECT * FROM information_schema.{name}", _READ_ONLY).collect()
         return [tuple(row.values()) for batch in batches for row in batch.to_pylist()]
 
-    def _context(
-        self,
-        default_schema: str,
-        *,
-        parallel_sorts: bool = True,
-        information: bool = False,
-        statistics: bool = True,
-    ) -> SessionContext:
+    def _context(self, kind: _ContextKind) -> SessionContext:
         limits = self.limits
         config = (
             SessionConfig()
-            .with_default_catalog_and_schema(CATALOG, default_schema)
-            .with_information_schema(information)
+            .with_default_catalog_and_schema(CATALOG, kind.default_schema)
+            .with_information_schema(kind.information)
             .with_target_partitions(limits.target_partitions)
             .with_batch_size(limits.batch_rows)
-            .with_repartition_sorts(parallel_sorts)
+            .with_repartition_sorts(kind.parallel_sorts)
             .set("datafusion.execution.parquet.schema_force_view_types", "false")
             .set("datafusion.sql_parser.map_string_types_to_utf8view", "false")
             .set("datafusion.execution.time_zone", "UTC")
-            .set("datafusion.execution.collect_statistics", str(statistics).lower())
+            .set("datafusion.execution.collect_statistics", str(kind.statistics).lower())
             .set("datafusion.sql_parser.recursion_limit", str(_PARSER_DEPTH))
         )
         context = SessionContext(config, self._runtime)
@@ -217,19 +215,21 @@ class Engine:
             catalog.register_schema(namespace, Schema.memory_schema())
         return catalog.schema(namespace)
 
-    def _register(self, context: SessionContext, source: TableSource, statistics: bool) -> None:
+    def _register(self, context: SessionContext, source: TableSource) -> None:
         plan = source.plan
         if isinstance(plan, pa.Table):
             frame = context.read_batches(plan.to_batches() or [empty_batch(plan.schema)])
         else:
             visible = Visible(source.with_seq, source.with_deleted, source.with_key, source.include_deleted)
-            frame = self._frames.of(plan, visible, statistics=statistics)
+            frame = self._frames.of(plan, visible)
         self._schema(context, source.namespace).register_table(source.name, frame.into_view())
 
 
-def _knows_statistics(sources: Sequence[TableSource]) -> bool:
-    plans = (source.plan for source in sources if isinstance(source.plan, ScanPlan))
-    return any(isinstance(part, FilePart) and part.key_start is None for plan in plans for part in plan.parts)
+def _may_use_statistics(sources: Sequence[TableSource]) -> bool:
+    """Whether files are read, and each holds rows of the caller's scope alone."""
+    plans = [source.plan for source in sources if isinstance(source.plan, ScanPlan)]
+    files = [part for plan in plans for part in plan.parts if isinstance(part, FilePart)]
+    return bool(files) and all(part.key_start is None for part in files)
 
 
 _READ_ONLY = SQLOptions().with_allow_ddl(False).with_allow_dml(False).with_allow_statements(False)

@@ -38,28 +38,20 @@ class Visible:
 
 
 class Frames:
-    """Makes data frames. Those of files are kept as long as their `FilePart`. Thread-safe.
+    """Makes data frames. Those of files are kept as long as their `FilePart`. Thread-safe."""
 
-    `blind` is a context that reads no statistics of files. The planner evaluates the caller's expressions on
-    them, and those of a file tell of every scope in it.
-    """
-
-    def __init__(self, context: SessionContext, blind: SessionContext) -> None:
+    def __init__(self, context: SessionContext) -> None:
         self._context = context
-        self._blind = blind
         self._lock = threading.Lock()
-        self._kept: WeakKeyDictionary[FilePart, dict[tuple[Visible, bool], DataFrame]] = WeakKeyDictionary()
+        self._kept: WeakKeyDictionary[FilePart, dict[Visible, DataFrame]] = WeakKeyDictionary()
 
-    def of(self, plan: ScanPlan, visible: Visible, *, statistics: bool = True) -> DataFrame:
-        """The rows of `plan`, with the columns of the table and the system columns asked for.
-
-        `statistics`: whether the planner may know those of files that belong to the scope alone.
-        """
+    def of(self, plan: ScanPlan, visible: Visible) -> DataFrame:
+        """The rows of `plan`, with the columns of the table and the system columns asked for."""
         marks = None
         if plan.marks is not None and any(part.has_hidden for part in plan.parts):
             renamed = plan.marks.rename_columns([_MARK_KEY, _MARK_SEQ])
             marks = self._context.read_batches(renamed.to_batches() or [empty_batch(renamed.schema)])
-        frames = [self._part(plan, part, marks, visible, statistics) for part in plan.parts]
+        frames = [self._part(plan, part, marks, visible) for part in plan.parts]
         if not frames:
             return self._context.read_batch(empty_batch(_target_schema(plan, visible)))
         whole = frames[0]
@@ -68,24 +60,23 @@ class Frames:
         return whole
 
     def _part(
-        self, plan: ScanPlan, part: FilePart | MemoryPart, marks: DataFrame | None, visible: Visible, statistics: bool
+        self, plan: ScanPlan, part: FilePart | MemoryPart, marks: DataFrame | None, visible: Visible
     ) -> DataFrame:
         if isinstance(part, MemoryPart) or (marks is not None and part.has_hidden):
-            return self._build(plan, part, marks, visible, statistics)
+            return self._build(plan, part, marks, visible)
         with self._lock:
             kept = self._kept.setdefault(part, {})
-        frame = kept.get((visible, statistics))
+        frame = kept.get(visible)
         if frame is None:
-            frame = kept[visible, statistics] = self._build(plan, part, None, visible, statistics)
+            frame = kept[visible] = self._build(plan, part, None, visible)
         return frame
 
     def _build(
-        self, plan: ScanPlan, part: FilePart | MemoryPart, marks: DataFrame | None, visible: Visible, statistics: bool
+        self, plan: ScanPlan, part: FilePart | MemoryPart, marks: DataFrame | None, visible: Visible
     ) -> DataFrame:
         guarded = False
         if isinstance(part, FilePart):
-            context = self._context if statistics and part.key_start is None else self._blind
-            frame = context.read_parquet(part.path, schema=part.schema, skip_metadata=True)
+            frame = self._context.read_parquet(part.path, schema=part.schema, skip_metadata=True)
             if part.key_start is not None:
                 frame = frame.filter(col(KEY) >= lit(pa.scalar(part.key_start)))
                 if part.key_end is not None:
