@@ -487,8 +487,8 @@ def test_deep_and_long_statements_of_40_kilobytes_end_in_an_answer_or_an_error(p
 
 
 def test_statements_of_a_mebibyte_end_in_an_answer_or_an_error() -> None:
-    outcomes = child("1048000", "parentheses,values,name,pattern")
-    assert len(outcomes) == 4
+    outcomes = child("1048000", "values,name,pattern")
+    assert len(outcomes) == 3
     check_outcomes(outcomes)
 
 
@@ -586,7 +586,7 @@ def survives(spare: Spare, sql: str) -> None:
 
 
 FUZZ = settings(
-    max_examples=250,
+    max_examples=150,
     deadline=None,
     derandomize=True,
     database=None,
