@@ -251,9 +251,14 @@ class TableStore:
         figures = HotFigures()
         if entry.definition.kind is not TableKind.STREAM:
             now_ms = self.backend.now_ms()
-            marks = sorted((row.seq, len(row.payload)) for chunk in snapshot.hot(uid) for row in chunk)
-            for seq, bytes_ in marks:
-                figures.add(seq, 1, bytes_ + _ROW_OVERHEAD, now_ms)
+            newest = rows = bytes_ = 0
+            for chunk in snapshot.hot(uid):
+                rows += len(chunk)
+                bytes_ += sum(len(row.payload) for row in chunk)
+                newest = max(newest, *(row.seq for row in chunk))
+            if rows:
+                # One entry for all: the next flush takes everything that was there at the opening.
+                figures.add(newest, rows, bytes_ + rows * _ROW_OVERHEAD, now_ms)
         with self.hot.lock:
             self._states[uid] = state
             self._figures[uid] = figures
