@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import sys
 import threading
 import time
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from kalamdb.clock import SystemClock
 from kalamdb.errors import LeaseLost
 from kalamdb.jobs import Completed, Job, JobContext, JobInterrupted, Permanent, Retry, RetryPolicy, Skipped, Snooze
 from kalamdb.jobs.manager import UnifiedJobManager
@@ -151,6 +153,27 @@ def test_run_at_delays_a_job(world: World) -> None:
     job = run(manager, "quick", run_at=at)
     assert job.started_at >= at - timedelta(milliseconds=1)
     assert run(manager, "quick", run_at=datetime(1970, 1, 1, tzinfo=UTC)).status == "completed"
+
+
+def test_a_job_that_becomes_due_within_a_pass_is_not_left_waiting() -> None:
+    class Rushing(SystemClock):
+        """Each look at it takes a millisecond, so any two looks of a pass have a due time between them."""
+
+        def __init__(self) -> None:
+            self.looks = itertools.count(1_750_000_000_000)
+
+        def now_ms(self) -> int:
+            return next(self.looks)
+
+    world = World(Rushing())
+    try:
+        manager = world.manager(start=2)
+        manager.executor("quick", prefix="QU")(lambda ctx: None)
+        for ahead in range(1, 25):
+            job = manager.create_job("quick", run_at=soon(world, ahead))
+            assert manager.wait(job.id, 5).status == "completed"
+    finally:
+        world.close()
 
 
 def test_a_snoozed_job_comes_again_without_using_a_retry(world: World) -> None:

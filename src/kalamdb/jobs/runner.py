@@ -138,8 +138,9 @@ class Runner:
         while not self._ending:
             self._wake.clear()
             try:
+                began_ms = self._backend.now_ms()
                 more = self.step()
-                pause_s = 0.0 if more else self._pause_s()
+                pause_s = 0.0 if more else self._pause_s(began_ms)
                 failures = 0
             except Busy:
                 pause_s = _BACK_OFF_S
@@ -154,12 +155,15 @@ class Runner:
             if pause_s:
                 self._clock.wait(self._wake, pause_s)
 
-    def _pause_s(self) -> float:
+    def _pause_s(self, began_ms: int) -> float:
+        """Until something is due that the pass that began then may have left."""
         now_s = self._clock.monotonic_s()
         with self._lock:
             pause_s = self._deadlines[0][0] - now_s if self._deadlines else _IDLE_S
             free = len(self._running) < self._slots
-        due_ms = self._backend.jobs.next_due_ms(self._registry.types) if free and self._claiming else None
+        due_ms = None
+        if free and self._claiming:
+            due_ms = self._backend.jobs.next_due_ms(self._registry.types, after_ms=began_ms)
         if due_ms is not None:
             pause_s = min(pause_s, (due_ms - self._backend.now_ms()) / 1000)
         return min(max(pause_s, 0.001), _IDLE_S)

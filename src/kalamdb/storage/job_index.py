@@ -494,11 +494,11 @@ class JobIndex:
 
     # Reading
 
-    def next_due_ms(self, types: Set[str] | None = None) -> int | None:
+    def next_due_ms(self, types: Set[str] | None = None, *, after_ms: int | None = None) -> int | None:
         """See JobStore."""
         with self._lock:
             self._check_open()
-            return self._waiting.next_due_ms(self._clock.now_ms(), types)
+            return self._waiting.next_due_ms(self._clock.now_ms() if after_ms is None else after_ms, types)
 
     def get(self, job_id: JobId) -> JobRow | None:
         """See JobStore."""

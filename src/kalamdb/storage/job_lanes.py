@@ -159,11 +159,11 @@ class WaitingJobs:
             for key, _ in self._kv.scan(lane.floor, _after(lane.prefix)):
                 yield key
 
-    def next_due_ms(self, now_ms: int, types: Set[str] | None) -> int | None:
-        """Due time of the first entry (of these types) that is not due at `now_ms`."""
+    def next_due_ms(self, after_ms: int, types: Set[str] | None) -> int | None:
+        """Due time of the first entry (of these types) that is not due at `after_ms`."""
         found: int | None = None
         for lane, _ in self._open(lambda lane: types is None or lane.job_type in types):
-            start = lane.prefix + _NUMBER.pack(now_ms + 1)
+            start = lane.prefix + _NUMBER.pack(after_ms + 1)
             at = bisect_left(lane.first, start)
             if at < len(lane.first):
                 key: bytes | None = lane.first[at]

@@ -319,8 +319,12 @@ class JobFilter:
 class JobStore(Protocol):
     """Reading jobs. They change by `StorageBackend.commit` and `StorageBackend.claim` only."""
 
-    def next_due_ms(self, types: Set[str] | None = None) -> int | None:
-        """`due_at` of the earliest job (of these types) that waits for its time; None when none waits."""
+    def next_due_ms(self, types: Set[str] | None = None, *, after_ms: int | None = None) -> int | None:
+        """`due_at` of the earliest job (of these types) that is due later than `after_ms`; None when none is.
+
+        None means now. Who claims and then waits for this passes a moment before the claim: what becomes due
+        between the two would be in neither.
+        """
         ...
 
     def get(self, job_id: JobId) -> JobRow | None:

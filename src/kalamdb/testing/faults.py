@@ -190,9 +190,9 @@ class _FlakyJobs:
         self._inner = inner
         self._backend = backend
 
-    def next_due_ms(self, types: Set[str] | None = None) -> int | None:
+    def next_due_ms(self, types: Set[str] | None = None, *, after_ms: int | None = None) -> int | None:
         self._backend.delay()
-        return self._inner.next_due_ms(types)
+        return self._inner.next_due_ms(types, after_ms=after_ms)
 
     def get(self, job_id: JobId) -> JobRow | None:
         self._backend.delay()

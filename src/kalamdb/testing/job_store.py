@@ -429,6 +429,7 @@ class JobStoreContract:
         assert [one.job_id for one in claim(backend, 9)] == [due.job_id]
         store.clock.advance(301)
         assert backend.jobs.next_due_ms() == now + 600_000
+        assert backend.jobs.next_due_ms(after_ms=now) == now + 300_000
         assert [one.job_id for one in claim(backend, 9)] == [sooner.job_id]
         store.clock.advance(301)
         assert [one.job_id for one in claim(backend, 9)] == [later.job_id]
