@@ -54,7 +54,7 @@ class Loop:
         self.name = name
         self._step = step
         self.interval_s = interval_s
-        """A step may change it."""
+        """A step may change it, for the pause after it."""
         self._clock = clock
         self._wake = threading.Event()
         self._stopping = False
@@ -86,11 +86,11 @@ class Loop:
 
     def _run(self) -> None:
         while not self._stopping:
-            pause_s = self.interval_s
             self._wake.clear()
             try:
                 if self._step():
                     continue
+                pause_s = self.interval_s
             except Exception:
                 _log.exception("a pass of '%s' failed; it goes on", self.name)
                 pause_s = max(_BACK_OFF_S, self.interval_s)

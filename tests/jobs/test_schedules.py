@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -224,6 +225,13 @@ def test_a_declared_schedule_that_cannot_be_is_refused_where_it_is_written() -> 
     for make in (lambda: Cron("nonsense"), lambda: Cron("0 3 * * *", "Nowhere"), lambda: Every(0)):
         with pytest.raises(kalamdb.InvalidRequest):
             make()
+
+
+def test_a_schedule_of_a_running_database_is_due_at_its_time() -> None:
+    ran = threading.Semaphore(0)
+    with kalamdb.connect(":memory:") as db:
+        db.jobs.executor("tick", prefix="TK", schedule=Every(0.1))(lambda ctx: ran.release())
+        assert ran.acquire(timeout=10) and ran.acquire(timeout=10)
 
 
 def test_a_schedule_without_work_writes_no_job(world: World) -> None:

@@ -8,7 +8,7 @@ import msgspec
 
 from kalamdb.jobs.context import JobContext, JobServices
 from kalamdb.jobs.executors.maintenance import MaintenanceExecutor
-from kalamdb.jobs.model import Every, Outcome, Skipped
+from kalamdb.jobs.model import Every, Outcome, Skipped, counted
 
 
 class StreamEvictionParams(msgspec.Struct, frozen=True):
@@ -42,4 +42,4 @@ class StreamEvictionExecutor(MaintenanceExecutor[StreamEvictionParams]):
 
 
 def _message(report: Any) -> str:
-    return f"Evicted {report.buckets} expired buckets of {report.streams} streams"
+    return f"Evicted {counted(report.buckets, 'expired bucket')} of {counted(report.streams, 'stream')}"
