@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 STAMP := .venv/.installed
-CODE := src tests demo soak $(wildcard bench)
+CODE := src tests demo examples soak $(wildcard bench)
 SOAK_MINUTES ?= 10
 
 help: ## list the targets
@@ -43,6 +43,6 @@ bench-quick: $(STAMP) ## measure speed, in 90 seconds
 	$(BIN)/python -m bench --quick
 
 clean: ## remove what the targets made
-	rm -rf .venv build dist demo-data .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf .venv build dist *-data .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 
 .PHONY: help demo test test-long soak check bench bench-quick clean
