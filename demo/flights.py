@@ -1,7 +1,8 @@
 """The US flights of 2013 in KalamDB: each airplane is a user that sees its own flights only.
 
-Run it by `make demo`. It leaves the directory `demo-data` and says how to look into it. It exits with
-status 1 when a job does not complete or a figure is not what it must be.
+All eight built-in executors and one of the program's own work on them. Run it by `make demo`. It leaves the
+directory `demo-data` and says how to look into it. It exits with status 1 when a job does not complete or a
+figure is not what it must be.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import importlib.util
 import io
 import shutil
 import sys
+import threading
 import time
 import zipfile
 from collections.abc import Callable
@@ -21,15 +23,21 @@ import pyarrow.compute as pc
 import pyarrow.csv as csv
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import kalamdb
+from kalamdb.jobs import Completed, JobContext, RetryPolicy
 
 DIRECTORY = Path("demo-data")
+DATABASE, BACKUPS, COPY = DIRECTORY / "db", DIRECTORY / "backups", DIRECTORY / "copy"
 UNKNOWN = "unknown"
 """Owner of the flights without a tail number."""
 JOB_TIMEOUT_S = 120
+LOOK_S = 0.05
+"""Between two looks at a running job."""
+STREAM_TTL_S = 2
+BUILT_IN = {"flush", "compact", "cleanup", "retention", "stream_eviction", "user_cleanup", "backup", "restore"}
 WIDTH_MAX = 100
 
 T = TypeVar("T")
@@ -71,11 +79,17 @@ def step(title: str, work: Callable[[], T], note: Callable[[T], str] = lambda _:
     return outcome
 
 
+def live() -> Progress:
+    """Bars that show how work goes on and vanish when it is done; in a terminal only."""
+    columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
 def table(rows: list[tuple[Any, ...]], *columns: str, right: tuple[str, ...] = ()) -> None:
     """Print rows under their column names; those named in `right` are numbers."""
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), header_style="bold")
     for column in columns:
-        shown.add_column(column, justify="right" if column in right else "left")
+        shown.add_column(column, justify="right" if column in right else "left", overflow="fold")
     for row in rows:
         shown.add_row(*("" if value is None else str(value) for value in row))
     console.print(shown)
@@ -117,16 +131,15 @@ CREATE SHARED TABLE demo.airports (faa TEXT PRIMARY KEY, name TEXT, lat DOUBLE, 
     WITH (ACCESS_LEVEL = 'public');
 CREATE SHARED TABLE demo.planes (tailnum TEXT PRIMARY KEY, year INT, manufacturer TEXT, model TEXT, seats INT)
     WITH (ACCESS_LEVEL = 'public');
-CREATE STREAM TABLE demo.positions (flight INT, lat DOUBLE, lon DOUBLE) WITH (TTL_SECONDS = 60);
 """
+STREAM = f"CREATE STREAM TABLE demo.positions (flight INT, lat DOUBLE, lon DOUBLE) WITH (TTL_SECONDS = {STREAM_TTL_S})"
 
 
 def load_flights(db: kalamdb.Database, flights: pa.Table) -> int:
     """Insert in batches of limits.batch_rows_max; larger ones would go straight to a segment."""
     batch = int(db.execute("SELECT value FROM system.settings WHERE name = 'limits.batch_rows_max'").scalar())
-    columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     count = 0
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with live() as progress:
         task = progress.add_task("loading flights", total=len(flights))
         for at in range(0, len(flights), batch):
             part = flights.slice(at, batch)
@@ -138,17 +151,32 @@ def load_flights(db: kalamdb.Database, flights: pa.Table) -> int:
 # Jobs and files
 
 
-def finish(db: kalamdb.Database, answer: kalamdb.Result) -> Any:
-    """Wait for the job whose id ends the answer of a statement; it must complete."""
-    job_id = (answer.message or "").rsplit(" ", 1)[-1]
-    done = db.jobs.wait(job_id, timeout_s=JOB_TIMEOUT_S)
-    expect(done.status == "completed", f"job {done.id} ({done.job_type}) is {done.status}: {done.message}")
+def follow(db: kalamdb.Database, job_id: str) -> Any:
+    """Wait for a job, showing its progress meanwhile; it must complete."""
+    done = None
+    with live() as progress:
+        bar = progress.add_task(job_id, total=None)
+        for _ in range(int(JOB_TIMEOUT_S / LOOK_S)):
+            try:
+                done = db.jobs.wait(job_id, timeout_s=LOOK_S)
+                break
+            except kalamdb.Timeout:
+                job = db.jobs.get_job(job_id)
+                if job.progress is not None:
+                    shown = f"{job_id} {job.status} [dim]{job.progress.unit}[/]"
+                    progress.update(bar, description=shown, completed=job.progress.done, total=job.progress.total)
+    expect(done is not None, f"job {job_id} has not ended in {JOB_TIMEOUT_S} s")
+    expect(done.status == "completed", f"job {job_id} ({done.job_type}) is {done.status}: {done.message}")
     return done
 
 
-def run(db: kalamdb.Database, sql: str) -> Any:
-    """Run a statement that starts a job, and show the job."""
-    return step(sql, lambda: finish(db, db.execute(sql)), lambda job: f"{job.id} {job.status}{_figures(job)}")
+def run(db: kalamdb.Database, sql: str, title: str = "") -> Any:
+    """Run a statement whose answer ends with the id of a job, and show the job."""
+
+    def work() -> Any:
+        return follow(db, (db.execute(sql).message or "").rsplit(" ", 1)[-1])
+
+    return step(title or sql, work, lambda job: f"{job.id} {job.status}{_figures(job)}")
 
 
 def _figures(job: Any) -> str:
@@ -157,8 +185,18 @@ def _figures(job: Any) -> str:
             return f", {job.result['rows']:,} rows"
         case "compact":
             return f", {job.result['inputs']} files into {job.result['outputs']}"
-        case _:
+        case "cleanup":
             return f", {job.result['files']} file removed"
+        case "retention":
+            return f", {job.result['rows']:,} rows gone for good"
+        case "user_cleanup":
+            return f", {job.result['rows']:,} rows erased"
+        case "stream_eviction":
+            return f", {job.result['buckets']} bucket gone"
+        case "backup":
+            return f", {job.result['new_bytes'] / 1e6:.1f} of {job.result['bytes'] / 1e6:.1f} MB copied"
+        case _:
+            return ""
 
 
 def show_files(db: kalamdb.Database) -> int:
@@ -182,11 +220,12 @@ def show_jobs(db: kalamdb.Database) -> None:
     ).rows
     bad = [row[:3] for row in rows if row[2] not in ("completed", "skipped")]
     expect(not bad, f"these jobs did not complete: {bad}")
-    kinds = {row[1] for row in rows}
-    expect(kinds >= {"flush", "compact", "cleanup"}, f"only jobs of type {', '.join(sorted(kinds))} ran")
+    missing = (BUILT_IN | {"punctuality"}) - {row[1] for row in rows}
+    expect(not missing, f"no job of type {', '.join(sorted(missing))} ran")
     shown = [
         (job_id, kind, f"[green]{status}[/]", f"{(ended - began).total_seconds() * 1000:,.0f}", message)
-        for job_id, kind, status, began, ended, message in rows
+        for job_id, kind, status, began, ended, text in rows
+        for message in [text.replace(f"{Path.cwd()}/", "")]
     ]
     table(shown, "job_id", "job_type", "status", "ms", "message", right=("ms",))
 
@@ -222,8 +261,8 @@ def queries(db: kalamdb.Database, plane: str, rows: int) -> None:
 def load(flights: pa.Table, plane: str, own: int) -> int:
     """Create, load, ask, change: everything is hot. Returns how many flights the plane has afterwards."""
     # The scheduler would flush while the rows are loaded; here each flush is to be seen.
-    with kalamdb.connect(DIRECTORY, **{"flush.scheduler_enabled": False, "hot.bytes_max": 1 << 30}) as db:
-        heading("Tables", "one of users, three shared, one stream")
+    with kalamdb.connect(DATABASE, **{"flush.scheduler_enabled": False, "hot.bytes_max": 1 << 30}) as db:
+        heading("Tables", "one of users, three shared")
         step("CREATE ... TABLE", lambda: db.execute(SCHEMA), lambda last: f"{len(last.results)} statements")
         heading("Load", "an airplane is a user: user_column names the column that says whose row it is")
         for name, columns in (
@@ -285,14 +324,97 @@ def change_cold(db: kalamdb.Database, plane: str, own: int) -> int:
     show_files(db)
     heading("Cold", "all rows are in Parquet files")
     queries(db, plane, own + 10)
-    heading("Stream", "rows of a user that are gone after 60 s, and never become a file")
-    positions = "INSERT INTO demo.positions VALUES (1, 40.6, -73.8), (1, 41.3, -72.9), (1, 42.4, -71.0)"
-    step("INSERT positions", lambda: db.execute(positions, user=plane).row_count, "{:,} rows".format)
-    last = "SELECT lat, lon FROM demo.positions ORDER BY _seq DESC LIMIT 1"
-    step("the last one", lambda: db.execute(last, user=plane).rows[0], str)
     heading("Drop", "the name is free at once, a job removes the files")
     run(db, "DROP TABLE demo.planes")
     return own + 10
+
+
+def forget(db: kalamdb.Database, plane: str, own: int, other: str) -> int:
+    """What is to go for good: a stream's old rows, deleted rows, a user. Returns how many flights the plane has."""
+    heading("Forget", "each by a job that takes the bytes too, from both tiers")
+    db.execute(STREAM)
+    positions = "INSERT INTO demo.positions VALUES (1, 40.6, -73.8), (1, 41.3, -72.9), (1, 42.4, -71.0)"
+    title = f"INSERT positions, gone after {STREAM_TTL_S} s"
+    step(title, lambda: db.execute(positions, user=plane).row_count, "{:,} rows".format)
+    delete = "DELETE FROM demo.flights WHERE date_part('month', time_hour) = 2"
+    gone = step("DELETE its flights of February", lambda: db.execute(delete, user=plane).row_count, "{:,} rows".format)
+    flights = """CALL create_job('retention', '{"table_id": "demo.flights", "retention_hours": 0}')"""
+    removed = run(db, flights, "CALL create_job('retention', ...)").result["rows"]
+    expect(removed >= gone, f"{removed} deleted flights were removed, {gone} were deleted")
+    run(db, f"PURGE USER '{other}'")
+    count = "SELECT count(*) FROM demo.flights"
+    expect(db.execute(count, user=other).scalar() == 0, f"flights of {other} are left")
+    pause = threading.Event()
+    while db.execute("SELECT count(*) FROM demo.positions", user=plane).scalar():
+        pause.wait(LOOK_S)
+    pause.wait(STREAM_TTL_S / 20)  # a bucket is older than its youngest row
+    run(db, "CALL create_job('stream_eviction')")
+    return own - gone
+
+
+def own_executor(db: kalamdb.Database, plane: str) -> None:
+    """A job of the program, which fails twice, waits, and goes on where it was."""
+    heading("Your own", "an executor is a function; it fails twice, is retried, and goes on from its checkpoint")
+
+    @db.jobs.executor("punctuality", prefix="PU", retry=RetryPolicy(base_ms=150, jitter=0.0))
+    def punctuality(ctx: JobContext[dict[str, str]]) -> Completed:
+        late: dict[str, int] = ctx.checkpoint_state or {}
+        for month in range(len(late) + 1, 13):
+            ctx.check()
+            if (month, ctx.attempt) in ((5, 1), (9, 2)):
+                raise ConnectionError(f"the weather service hung up in month {month}")
+            sql = "SELECT count(*) FROM demo.flights WHERE arr_delay > 15 AND date_part('month', time_hour) = $1"
+            late[str(month)] = ctx.execute(sql, [month], user=ctx.params["plane"]).scalar()
+            ctx.checkpoint(late)
+            ctx.progress(month, 12, "months")
+        worst = max(late, key=lambda month: late[month])
+        return Completed(f"{sum(late.values())} flights were late, most in month {worst}", result=late)
+
+    job = step(
+        "create_job('punctuality', ...)",
+        lambda: follow(db, db.jobs.create_job("punctuality", {"plane": plane}, f"punctuality:{plane}").id),
+        lambda job: f"{job.id} {job.status}, attempt {job.attempt}",
+    )
+    expect(job.retry_count == 2, f"job {job.id} was retried {job.retry_count} times")
+    for event in job.events():
+        colour = {"WARN": "yellow", "INFO": "dim"}[event.level]
+        console.print(f"  [{colour}]{event.level:<4}  {event.text}[/]")
+
+
+def back_up(db: kalamdb.Database, plane: str, own: int) -> None:
+    """A schedule, the two backups that it makes, a mistake, and a restore that the next start takes."""
+    heading("Schedule", "each due time makes one job, whatever dies in between")
+    parameters = f'{{"path": "{BACKUPS.resolve()}", "incremental": true, "keep_daily": 7, "keep_weekly": 4}}'
+    schedule = "CREATE SCHEDULE nightly FOR JOB backup CRON '30 2 * * *' TIME ZONE 'America/New_York'"
+    create = f"{schedule} WITH PARAMETERS '{parameters}'"
+    step("CREATE SCHEDULE nightly ...", lambda: db.execute(create).message, lambda _: "a backup each night at 2:30")
+    rows = db.execute(
+        "SELECT schedule_name, coalesce(cron, 'every ' || interval_s || ' s'), time_zone, next_run_at "
+        "FROM system.job_schedules ORDER BY next_run_at"
+    ).rows
+    table(
+        [(name, when, zone, f"{due:%Y-%m-%d %H:%M}") for name, when, zone, due in rows],
+        "schedule", "when", "time zone", "next, in UTC",
+    )  # fmt: skip
+    heading("Backup", "consistent while others write; a later one copies what is new")
+    run(db, "RUN SCHEDULE nightly")
+    run(db, f"BACKUP DATABASE TO '{BACKUPS}' INCREMENTAL", "BACKUP DATABASE ... INCREMENTAL")
+    step("VERIFY BACKUP", lambda: db.execute(f"VERIFY BACKUP '{BACKUPS}'"), lambda _: "every file has its SHA-256")
+    heading("Restore", "a mistake, then the newest backup; the next start takes it")
+    mistake = "DELETE FROM demo.flights WHERE true"
+    gone = step("DELETE all its flights", lambda: db.execute(mistake, user=plane).row_count, "{:,} rows".format)
+    expect(gone == own, f"{gone} flights were deleted, {own} are expected")
+    run(db, f"RESTORE DATABASE FROM '{BACKUPS}'", "RESTORE DATABASE FROM ...")
+
+
+def restore_copy(plane: str, own: int) -> None:
+    """The same backup in a second directory, beside the database and without it."""
+    restore = f"kalamdb.restore(..., '{COPY}')"
+    step(restore, lambda: kalamdb.restore(BACKUPS, COPY), lambda _: "without the database, beside it")
+    with kalamdb.connect(COPY) as copy:
+        count = "SELECT count(*) FROM demo.flights"
+        found = step("flights in the copy", lambda: copy.execute(count, user=plane).scalar(), "{:,} rows".format)
+    expect(found == own, f"{plane} sees {found} flights in the copy, {own} are expected")
 
 
 def main() -> None:
@@ -302,30 +424,41 @@ def main() -> None:
     console.rule(f"[bold]KalamDB {kalamdb.__version__}: the US flights of 2013[/]")
     flights = read_flights()
     owners = pc.value_counts(flights.column("airplane")).to_pylist()
-    busiest = max((one for one in owners if one["values"] != UNKNOWN), key=lambda one: one["counts"])
-    plane, own = busiest["values"], busiest["counts"]
+    known = [one for one in owners if one["values"] != UNKNOWN]
+    busiest, second = sorted(known, key=lambda one: one["counts"], reverse=True)[:2]
+    plane, own, other = busiest["values"], busiest["counts"], second["values"]
     console.print(
         f"{len(flights):,} flights, {len(owners) - 1:,} airplanes; "
         f"{sum(one['counts'] for one in owners if one['values'] == UNKNOWN):,} flights have no tail number"
     )
     own = load(flights, plane, own)
-    with kalamdb.connect(DIRECTORY) as db:
+    # Deletions are remembered for ten minutes unless told otherwise; here they are to go at once.
+    with kalamdb.connect(DATABASE, **{"live.resume_window_s": 0}) as db:
         own = change_cold(db, plane, own)
+        own = forget(db, plane, own, other)
+        own_executor(db, plane)
+        back_up(db, plane, own)
+    reopen = "connect('demo-data/db')"
+    with step(reopen, lambda: kalamdb.connect(DATABASE), lambda _: "the restored database is current") as db:
+        count = "SELECT count(*) FROM demo.flights"
+        found = step(f"flights that {plane} sees", lambda: db.execute(count, user=plane).scalar(), "{:,} rows".format)
+        expect(found == own, f"{plane} sees {found} flights, {own} are expected")
+        restore_copy(plane, own)
         heading("Check", "records against files, checksums, order of keys")
         report = step("db.check()", db.check, lambda found: f"{found.tables} tables, {found.segments} files")
         expect(report.ok, f"db.check() found: {report.problems}")
         heading("Jobs", "SELECT ... FROM system.jobs")
         show_jobs(db)
-    files = sorted(DIRECTORY.rglob("*.parquet"))
+    files = sorted(DATABASE.rglob("*.parquet"))
     size = sum(path.stat().st_size for path in files)
     console.print(
         f"{len(files)} Parquet files, {size / 1e6:.1f} MB. Everything took {time.perf_counter() - began:.1f} s."
     )
     look = f"db.execute('SELECT * FROM demo.flights LIMIT 5', user='{plane}').rows"
-    console.print(f"\nThe data is in {DIRECTORY}. Look into it:\n")
+    console.print(f"\nThe database is in {DATABASE}, its backups in {BACKUPS}. Look into it:\n")
     console.print(
-        f"  .venv/bin/python -c \"import kalamdb; db = kalamdb.connect('{DIRECTORY}'); print({look})\"\n"
-        f"  cat {DIRECTORY}/logs/jobs.log\n"
+        f"  .venv/bin/python -c \"import kalamdb; db = kalamdb.connect('{DATABASE}'); print({look})\"\n"
+        f"  cat {DATABASE}/logs/jobs.log\n"
         f"  find {DIRECTORY} -type f",
         soft_wrap=True, markup=False,
     )  # fmt: skip

@@ -63,7 +63,7 @@ def test_deleted_rows_leave_after_their_retention_and_never_come_back(db: Databa
     deleted = "SELECT count(*) FROM app.t WHERE _deleted"
     assert db.execute(deleted).scalar() == 4
     clock.offset_ms = 25 * HOUR_MS
-    assert run(db, "retention").startswith("Removed 4 deleted rows of 1 tables for good")
+    assert run(db, "retention").startswith("Removed 4 deleted rows of 1 table for good")
     assert db.execute(deleted).scalar() == 0
     assert db.execute("SELECT count(*), min(id) FROM app.t").rows == [(6, 4)]
     assert db.check().ok

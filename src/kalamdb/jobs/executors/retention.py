@@ -9,7 +9,7 @@ import msgspec
 from kalamdb.errors import TransactionConflict
 from kalamdb.jobs.context import JobContext
 from kalamdb.jobs.executors.maintenance import MaintenanceExecutor
-from kalamdb.jobs.model import Cron, Outcome, Skipped, Snooze
+from kalamdb.jobs.model import Cron, Outcome, Skipped, Snooze, counted, size
 
 _BUSY_S = 1.0
 
@@ -48,4 +48,5 @@ class RetentionExecutor(MaintenanceExecutor[RetentionParams]):
 
 
 def _message(report: Any) -> str:
-    return f"Removed {report.rows:,} deleted rows of {report.tables} tables for good, {report.bytes / 1e6:.1f} MB freed"
+    rows, tables = counted(report.rows, "deleted row"), counted(report.tables, "table")
+    return f"Removed {rows} of {tables} for good, {size(max(report.bytes, 0))} freed"

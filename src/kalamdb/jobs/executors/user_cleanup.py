@@ -9,7 +9,7 @@ import msgspec
 from kalamdb.errors import TransactionConflict
 from kalamdb.jobs.context import JobContext, JobServices
 from kalamdb.jobs.executors.maintenance import MaintenanceExecutor
-from kalamdb.jobs.model import Cron, Outcome, Skipped, Snooze
+from kalamdb.jobs.model import Cron, Outcome, Skipped, Snooze, counted
 
 _BUSY_S = 1.0
 
@@ -49,6 +49,6 @@ class UserCleanupExecutor(MaintenanceExecutor[UserCleanupParams]):
 
 def _message(report: Any) -> str:
     return (
-        f"Erased {report.users:,} users: {report.rows:,} cold rows of {report.tables:,} tables, "
-        f"{report.segments:,} segments rewritten"
+        f"Erased {counted(report.users, 'user')}: {counted(report.rows, 'cold row')} of "
+        f"{counted(report.tables, 'table')}, {counted(report.segments, 'segment')} rewritten"
     )
