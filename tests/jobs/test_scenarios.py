@@ -6,17 +6,19 @@ import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import msgspec
 import pytest
 
 from kalamdb.database import Database
 from kalamdb.errors import IdempotencyConflict
+from kalamdb.files import FileOps
 from kalamdb.jobs import Completed, JobContext, JobExecutor, JobInterrupted, Permanent, RetryPolicy
 from kalamdb.storage import Batch
 from kalamdb.storage.jobs import JobInsert, JobRow
 from kalamdb.types import JobId
+from tests.backup.support import connect_with
 from tests.jobs.conftest import Gate, texts, until
 
 Open = Callable[..., Database]
@@ -117,6 +119,60 @@ def test_06_a_job_that_runs_when_the_database_stops_fails_when_its_type_says_so(
     assert (found.status, found.message) == ("failed", "Server restarted during execution")
     db.close()
     assert log_of(tmp_path, job.id)[-1] == "ERROR - Job failed permanently: Server restarted during execution"
+
+
+class HeldFiles(FileOps):
+    """Files of a backup target are made only when the test lets them."""
+
+    def __init__(self, target: Path, gate: Gate) -> None:
+        self._target = target
+        self._gate = gate
+
+    def open_write(self, path: Path) -> BinaryIO:
+        if self._target in path.parents:
+            self._gate()
+        return super().open_write(path)
+
+
+def test_06_a_backup_that_runs_when_the_database_stops_fails_and_is_none(open_db: Open, tmp_path: Path) -> None:
+    target, gate = tmp_path / "backups", Gate()
+    with connect_with(tmp_path / "data", HeldFiles(target, gate), **{"shutdown.timeout_s": 0.1}) as db:
+        table(db)
+        job = db.backup(target, wait=False)
+        gate.await_entry()
+    gate.open.set()
+    db = open_db()
+    found = db.jobs.get_job(job.id)
+    assert (found.status, found.message) == ("failed", "Server restarted during execution")
+    assert [row["status"] for row in db.execute(f"SHOW BACKUPS IN '{target}'").dicts()] in ([], ["incomplete"])
+    db.close()
+    assert log_of(tmp_path, job.id)[-1] == "ERROR - Job failed permanently: Server restarted during execution"
+
+
+def test_07_jobs_of_all_eight_types_are_seen_under_their_prefixes(open_db: Open, tmp_path: Path) -> None:
+    db = open_db()
+    table(db)
+    db.execute("CREATE STREAM TABLE app.e (id INT) WITH (TTL_SECONDS = 60)")
+    db.insert("app.t", [{"id": number} for number in range(10, 20)])
+    made: dict[str, str] = {}
+    for prefix, sql in {
+        "FL": "STORAGE FLUSH TABLE app.t",
+        "CO": """CALL create_job('compact', '{"table_id": "app.t"}')""",
+        "RT": """CALL create_job('retention', '{"table_id": "app.t"}')""",
+        "SE": """CALL create_job('stream_eviction', '{"table_id": "app.e"}')""",
+        "UC": "PURGE USER anna",
+        "BK": f"BACKUP DATABASE TO '{tmp_path / 'backups'}'",
+        "RS": f"RESTORE DATABASE FROM '{tmp_path / 'backups'}'",
+        "CL": "DROP TABLE app.t",
+    }.items():
+        made[prefix] = str(db.execute(sql).message).rsplit(" ", 1)[1]
+        assert db.jobs.wait(made[prefix], 20).status in ("completed", "skipped"), sql
+    assert {prefix: job_id[:3] for prefix, job_id in made.items()} == {prefix: f"{prefix}-" for prefix in made}
+    seen = dict(db.execute("SELECT job_id, job_type FROM system.jobs").rows)
+    assert {prefix: seen[job_id] for prefix, job_id in made.items()} == {
+        "FL": "flush", "CO": "compact", "RT": "retention", "SE": "stream_eviction", "UC": "user_cleanup",
+        "BK": "backup", "RS": "restore", "CL": "cleanup",
+    }  # fmt: skip
 
 
 def test_08_the_log_tells_the_story_of_each_job_under_its_id(open_db: Open, tmp_path: Path) -> None:
