@@ -6,7 +6,8 @@ import sys
 from itertools import chain
 
 from bench.harness import console, machine, show
-from bench.rows import inserts, jobs
+from bench.queue import claims, queue
+from bench.rows import inserts
 from bench.scans import compare
 
 
@@ -26,7 +27,15 @@ def main(quick: bool) -> int:
             inserts("os", hot=hot, large=200_000 * scale, single=1_000 * scale),
         ),
     )
-    show("Jobs that do nothing", chain(jobs("commit", 2_000 * scale), jobs("os", 2_000 * scale)))
+    load = {"count": 5_000 if quick else 100_000, "single": 500 * scale, "picked_up": 100 * scale}
+    goals &= show(
+        "Jobs that do nothing, with events and jobs.log; a ratio of rates over 1 means that we are faster",
+        chain(
+            queue("commit", slots=10, **load), queue("os", slots=10, **load),
+            queue("commit", slots=100, **load), queue("os", slots=100, **load),
+        ),
+    )  # fmt: skip
+    goals &= show("Jobs beside those that have ended", claims(5_000 if quick else 1_000_000))
     return 0 if goals else 1
 
 

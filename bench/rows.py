@@ -1,11 +1,9 @@
-"""Inserts, point reads, flush, with sqlite3 of the standard library as peer; jobs."""
+"""Inserts, point reads, flush, with sqlite3 of the standard library as peer."""
 
 from __future__ import annotations
 
-import itertools
 import sqlite3
 import tempfile
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -14,7 +12,6 @@ import kalamdb
 from bench.harness import Figure, rate
 from bench.scans import COLUMNS, QUIET, rows
 from kalamdb.database import Database
-from kalamdb.jobs import JobContext, JobRequest
 
 SYNCHRONOUS = {"commit": "FULL", "os": "NORMAL"}
 """What sqlite3 in WAL mode calls the same durability."""
@@ -105,31 +102,3 @@ def _flush(db: Database, count: int) -> int:
     job = db.jobs.wait(message.rsplit(" ", 1)[1], timeout_s=600)
     assert job.status == "completed", job.message
     return count
-
-
-def jobs(durability: str, count: int) -> Iterator[Figure]:
-    """Jobs that do nothing: created one by one, and created in one call and drained."""
-    with databases(durability) as (db, _):
-        ended, finished = itertools.count(1), threading.Event()
-        single = count // 10
-
-        @db.jobs.executor("noop", prefix="NO", queue="noop")
-        def noop(ctx: JobContext[dict[str, object]]) -> None:
-            if next(ended) in (single, single + count):
-                finished.set()
-
-        def create() -> int:
-            for _ in range(single):
-                db.jobs.create_job("noop")
-            return single
-
-        def drain() -> int:
-            db.jobs.create_jobs([JobRequest(job_type="noop") for _ in range(count)])
-            assert finished.wait(600), "the jobs did not end"
-            return count
-
-        note = f"durability {durability}, 10 run at the same time"
-        yield _figure("create, one by one", "jobs", rate(create), None, note)
-        assert finished.wait(600), "the jobs did not end"
-        finished.clear()
-        yield _figure(f"create {count:,} and drain", "jobs", rate(drain), None, note)

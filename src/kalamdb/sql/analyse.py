@@ -11,6 +11,7 @@ from sqlglot import exp
 from kalamdb.errors import InvalidRequest, LimitExceeded
 from kalamdb.sql.cursor import NOT_LITERAL, literal
 from kalamdb.sql.projection import name_columns
+from kalamdb.sql.pushdown import table_filters
 from kalamdb.sql.render import render
 from kalamdb.sql.statements import DefaultMarker, KeyLookup, KeyMatch, Select, TableName
 from kalamdb.sql.tokens import Token, TokenKind, tokenize
@@ -30,17 +31,19 @@ def analyse_select(text: str, tokens: Sequence[Token], *, explain: bool = False,
     specials = frozenset(_identifiers(tokens) & SPECIALS)
     lookup = None if explain else _key_lookup(tokens)
     if lookup is not None and not specials:
-        return Select(sql, (lookup[0],), lookup=lookup[1])
+        return Select(sql, (lookup[0],), lookup=lookup[1], filters=table_filters(sql, (lookup[0],)))
     _check_series(tokens)
     tree = _tree(sql)
+    tables = _tables_of(tree)
     return Select(
         name_columns(sql, tokens, tree, start),
-        _tables_of(tree),
+        tables,
         specials,
         deleted_in_where="_deleted" in specials and _in_where(tokens, "_deleted"),
         ctes=_ctes_of(tree),
         explain=explain,
         analyze=analyze,
+        filters=table_filters(sql, tables),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
@@ -41,13 +41,16 @@ class SystemTables(Protocol):
         """The table of that name, None when there is none."""
         ...
 
-    def table(self, table_id: TableId) -> pa.Table:
-        """Its rows now."""
+    def table(self, table_id: TableId, *, filters: Filters | None = None) -> pa.Table:
+        """Its rows now; those that `filters` (column -> values) rules out may be missing."""
         ...
 
     def write_refusal(self, verb: str, table_id: TableId) -> Exception:
         """The error for a statement that would change one."""
         ...
+
+
+Filters = Mapping[str, frozenset[Any]]
 
 
 @dataclass(slots=True)
@@ -64,7 +67,7 @@ class _Reads:
     """What a query reads, through views too."""
 
     entries: dict[TableId, CatalogEntry] = field(default_factory=dict)
-    system: dict[TableId, None] = field(default_factory=dict)
+    system: dict[TableId, Filters] = field(default_factory=dict)
     views: dict[TableId, st.Select] = field(default_factory=dict)
     """Innermost first."""
     specials: set[str] = field(default_factory=set)
@@ -158,7 +161,10 @@ class Reader:
         for table_id in dict.fromkeys(self.resolve(name, caller) for name in names):
             if self._system.find(table_id) is not None:
                 self._check_system(table_id, caller)
-                reads.system[table_id] = None
+                # Read from a second place, all rows may be needed.
+                reads.system[table_id] = (
+                    {} if table_id in reads.system or statement is None else _filters_of(statement, table_id, caller)
+                )
             elif (view := self._catalog.view(table_id)) is not None:
                 inner = analyse_text(view.sql)
                 self._follow(reads, inner.tables, inner, replace(caller, namespace=view.namespace), depth + 1)
@@ -173,7 +179,10 @@ class Reader:
         self, query: Query, reads: _Reads, caller: Caller, transaction: Transaction | None, stack: ExitStack
     ) -> ReadPoint | None:
         """Sources of all that a query reads, its tables at one moment, which is returned when there are some."""
-        query.sources += [TableSource(one.namespace, one.name, self._system.table(one)) for one in reads.system]
+        query.sources += [
+            TableSource(one.namespace, one.name, self._system.table(one, filters=filters))
+            for one, filters in reads.system.items()
+        ]
         for view_id, statement in reads.views.items():
             text = _qualified(render(statement.sql, _no_params, caller.function_sql), view_id.namespace)
             qualified = replace(statement, sql=text)
@@ -328,6 +337,15 @@ class Reader:
             return None
         row = Writer(self._store, entry, caller.scope(definition), transaction).get(values)
         return _found(layout, projection, row)
+
+
+def _filters_of(statement: st.Select, table_id: TableId, caller: Caller) -> Filters:
+    found: dict[str, frozenset[Any]] = {}
+    for one in statement.filters:
+        values = frozenset(caller.bind(value) for value in one.values)
+        if TableId(one.table.namespace or "", one.table.name) == table_id and all(type(v) is str for v in values):
+            found[one.column] = found.get(one.column, values) & values
+    return found
 
 
 def _decimal_columns(sources: Sequence[TableSource]) -> Set[str]:

@@ -228,6 +228,15 @@ class KeyLookup:
 
 
 @dataclass(frozen=True, slots=True)
+class TableFilter:
+    """Only rows of a system table whose `column` has one of `values` can matter to the query."""
+
+    table: TableName
+    column: str
+    values: tuple[Expr, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Select(Statement):
     """`sql` is the text for the engine; `tables` what it reads; `specials` the system columns it names."""
 
@@ -238,6 +247,7 @@ class Select(Statement):
     lookup: KeyLookup | None = None
     explain: bool = False
     analyze: bool = False
+    filters: tuple[TableFilter, ...] = ()
 
 
 # Showing

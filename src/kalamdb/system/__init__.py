@@ -19,6 +19,7 @@ import pyarrow as pa
 from kalamdb.catalog import Catalog
 from kalamdb.config import SETTINGS, Settings
 from kalamdb.errors import Denied, InvalidRequest, NotFound
+from kalamdb.schema import TypeName
 from kalamdb.storage.jobs import JobStatus, JobStore
 from kalamdb.system.jobs import job_tables
 from kalamdb.system.shape import (
@@ -148,7 +149,9 @@ class SystemTablesRegistry:
         if found is None:
             known = ", ".join(str(table.table_id) for table in self.tables())
             raise NotFound(f"System table '{table_id}' does not exist; there are {known}")
-        return arrow_table(found.columns, found.source(filters or {}))
+        texts = {column.name for column in found.columns if column.type.name is TypeName.TEXT}
+        usable = {name: values for name, values in (filters or {}).items() if name in texts}
+        return arrow_table(found.columns, found.source(usable))
 
     def show_tables(self, namespace: str) -> pa.Table:
         """SHOW TABLES: the newest schema of each table of a namespace, in the shape of system.schemas."""
