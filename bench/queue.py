@@ -134,13 +134,15 @@ def _percentiles(times_ms: list[float]) -> dict[str, float]:
 def _shown(db: Database, ended: int) -> Figure:
     """SHOW JOBS of the active ones beside all those that have ended."""
     db.jobs.pause_queue("noop")
-    db.jobs.create_jobs([JobRequest(job_type="noop")] * 20)
+    active = [job.id for job in db.jobs.create_jobs([JobRequest(job_type="noop")] * 20)]
     times_ms = []
     for _ in range(7):
         start = time.perf_counter()
         found = db.execute("SHOW JOBS WHERE status IN ('new', 'queued', 'running', 'retrying')")
         times_ms.append((time.perf_counter() - start) * 1000)
         assert len(found.rows) == 20, len(found.rows)
+    for job_id in active:
+        db.jobs.cancel_job(job_id)
     ms = statistics.median(times_ms)
     return Figure(
         f"SHOW JOBS of 20 active, {ended:,} ended", f"{ms:.1f} ms", note=f"at most {SHOW_MS_MAX:g} ms",

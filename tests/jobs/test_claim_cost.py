@@ -11,7 +11,7 @@ from kalamdb.app_context import AppContext
 from kalamdb.config import Settings
 from kalamdb.database import Database
 from kalamdb.storage import Batch
-from kalamdb.storage.jobs import Claim, JobInsert, JobMove, JobRow, JobStatus
+from kalamdb.storage.jobs import Claim, JobFilter, JobInsert, JobMove, JobRow, JobStatus
 from kalamdb.storage.kv import KvBackend
 from kalamdb.storage.memory import MemoryKv
 from kalamdb.storage.ordered import OrderedKv
@@ -152,3 +152,53 @@ def test_a_view_and_a_query_over_one_system_table_do_not_share_their_conditions(
         assert db.execute("SELECT count(*) FROM app.waiting").scalar() == 1
         sql = "SELECT count(*) FROM system.jobs AS j, app.waiting AS w WHERE j.status = 'completed'"
         assert db.execute(sql).scalar() == 500
+
+
+@pytest.mark.parametrize("open_kv", [memory, rocks])
+def test_a_scan_with_a_limit_ends_there_in_both_directions(
+    open_kv: Callable[[Path], OrderedKv], tmp_path: Path
+) -> None:
+    kv = open_kv(tmp_path / "kv")
+    try:
+        kv.write([(b"k%03d" % number, b"v") for number in range(100)])
+        view = kv.snapshot()
+        for limit in (0, 1, 16, 17, 99, 100, 1000):
+            for reader in (kv, view):
+                keys = [key for key, _ in reader.scan(b"k", b"l", limit=limit)]
+                assert keys == [b"k%03d" % number for number in range(min(limit, 100))]
+                back = [key for key, _ in reader.scan(b"k", b"l", reverse=True, limit=limit)]
+                assert back == [b"k%03d" % number for number in reversed(range(100))][:limit]
+        view.close()
+    finally:
+        kv.close()
+
+
+@pytest.mark.parametrize("open_kv", [memory, rocks])
+def test_a_job_that_returns_to_a_state_is_found_before_those_that_came_later(
+    open_kv: Callable[[Path], OrderedKv], tmp_path: Path
+) -> None:
+    clock = SimulatedClock()
+    backend = KvBackend(open_kv(tmp_path / "kv"), clock, durability="os")
+    active = JobFilter(statuses=frozenset({JobStatus.NEW, JobStatus.QUEUED, JobStatus.RUNNING}), limit=None)
+
+    def move(job_id: str, old: JobStatus, new: JobStatus) -> None:
+        backend.commit(Batch(jobs=[JobMove(JobId(job_id), old, None, {"status": new})]))
+
+    try:
+        fill(backend, JobStatus.QUEUED, 1500)
+        clock.advance(1)
+        fill(backend, JobStatus.QUEUED, 5, first=1500)
+        ids = [f"XX-{number:08d}" for number in range(1505)]
+        gone = [JobMove(JobId(one), JobStatus.QUEUED, None, {"status": JobStatus.CANCELLED}) for one in ids[:1500]]
+        backend.commit(Batch(jobs=list(gone)))
+        assert [row.job_id for row in backend.jobs.query(active)] == ids[1500:]
+        move(ids[3], JobStatus.CANCELLED, JobStatus.QUEUED)
+        assert [row.job_id for row in backend.jobs.query(active)] == [ids[3], *ids[1500:]]
+        for one in (ids[3], *ids[1500:]):
+            move(one, JobStatus.QUEUED, JobStatus.CANCELLED)
+        assert backend.jobs.query(active) == []
+        move(ids[4], JobStatus.CANCELLED, JobStatus.QUEUED)
+        assert [row.job_id for row in backend.jobs.query(active)] == [ids[4]]
+        assert backend.check() == []
+    finally:
+        backend.close()

@@ -82,6 +82,8 @@ class JobContext(Generic[Params]):
         self._lock = threading.RLock()
         self._interrupt: InterruptReason | None = None
         self._revoked = False
+        self.on_interrupt: Callable[[InterruptReason], None] | None = None
+        """Told when the attempt is asked to stop."""
         self._shown_s: float | None = None
         self._progress: Progress | None = None
         self._unsaved = False
@@ -104,6 +106,8 @@ class JobContext(Generic[Params]):
     def interrupt(self, reason: InterruptReason) -> None:
         """Ask the attempt to stop at its next check; the first reason stays."""
         self._interrupt = self._interrupt or reason
+        if (told := self.on_interrupt) is not None:
+            told(self._interrupt)
 
     @property
     def interrupt_reason(self) -> InterruptReason | None:
@@ -291,10 +295,18 @@ class AsyncTransaction:
         await asyncio.to_thread(self._inner.create_job, job_type, params, *arguments, **options)
 
 
+class EventWriter(Protocol):
+    """Where lines go."""
+
+    def write_event(self, level: str, text: str) -> None:
+        """Add a line to the job's history."""
+        ...
+
+
 class JobLog:
     """Lines in the job's history; they appear in jobs.log too."""
 
-    def __init__(self, context: JobContext[Any]) -> None:
+    def __init__(self, context: EventWriter) -> None:
         self._context = context
 
     def debug(self, text: str) -> None:

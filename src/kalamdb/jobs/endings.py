@@ -17,6 +17,7 @@ from kalamdb.jobs.model import (
     JobInterrupted,
     Outcome,
     Permanent,
+    ProcessFailure,
     Retry,
     Skipped,
     Snooze,
@@ -77,6 +78,9 @@ class Endings:
                 return self.interrupted(row, interrupted or outcome.reason)
             case Permanent():
                 return self.failed(row, self._text(outcome, bare=True) or "failed", self._trace(outcome))
+            case ProcessFailure(text=text, trace=trace, is_permanent=is_permanent):
+                end = self.failed if is_permanent else self._retried
+                return end(row, self._cut(text), None if trace is None else self._kept_trace(trace))
             case BaseException():
                 text = self._text(outcome, bare=isinstance(outcome, KalamDbError))
                 return self._retried(row, text, self._trace(outcome), None)
@@ -149,7 +153,7 @@ class Endings:
         changes = _waits(JobStatus.QUEUED, AttemptOutcome.SNOOZED, run_at=self._clock.now_ms() + delay_ms)
         return Ending(changes, (("INFO", f"Job snoozed for {delay_ms / 1000:g}s"),))
 
-    def _retried(self, row: JobRow, error: str, trace: str | None, delay_ms: int | None) -> Ending:
+    def _retried(self, row: JobRow, error: str, trace: str | None, delay_ms: int | None = None) -> Ending:
         if row.retry_count >= row.max_retries:
             return self.failed(row, error, trace)
         policy, used = row.retry, row.retry_count + 1
@@ -180,10 +184,13 @@ class Endings:
 
     def _trace(self, exc: BaseException) -> str:
         try:
-            raw = "".join(traceback.format_exception(exc)).encode(errors="backslashreplace")
+            return self._kept_trace("".join(traceback.format_exception(exc)))
         except Exception:
             # The memory or the stack may be used up still.
             return f"{type(exc).__name__} (no traceback could be made)"
+
+    def _kept_trace(self, text: str) -> str:
+        raw = text.encode(errors="backslashreplace")
         return raw[-self._settings.trace_bytes_max :].decode(errors="ignore")
 
 

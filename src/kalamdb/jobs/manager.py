@@ -280,6 +280,7 @@ class UnifiedJobManager:
         priority: int = 0,
         concurrency_key: str | None = None,
         schedule: Every | Cron | None = None,
+        run_in: str = "thread",
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """Decorator that registers a function as the executor of a job type; see `executor_of`."""
 
@@ -288,7 +289,7 @@ class UnifiedJobManager:
                 executor_of(
                     function, job_type, prefix=prefix, retry=retry, max_retries=max_retries, timeout_s=timeout_s,
                     on_interrupt=on_interrupt, queue=queue, priority=priority, concurrency_key=concurrency_key,
-                    schedule=schedule,
+                    schedule=schedule, run_in=run_in,
                 )
             )  # fmt: skip
             return function

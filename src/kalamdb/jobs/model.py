@@ -106,6 +106,24 @@ class Permanent(Exception):
     """Raise it to end the job as failed at once."""
 
 
+class ProcessFailure(Exception):
+    """What ended an attempt in a process of its own, as text: an exception there, or the death of the process."""
+
+    def __init__(self, text: str, trace: str | None = None, *, is_permanent: bool = False) -> None:
+        super().__init__(text)
+        self.text = text
+        self.trace = trace
+        self.is_permanent = is_permanent
+
+
+class RunIn(StrEnum):
+    """Where a sync executor runs."""
+
+    THREAD = "thread"
+    PROCESS = "process"
+    """A process per attempt, for work that needs the processor."""
+
+
 class InterruptReason(StrEnum):
     """Why an attempt must stop."""
 

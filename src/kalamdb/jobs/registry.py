@@ -14,7 +14,8 @@ import msgspec
 
 from kalamdb.errors import InvalidRequest, NotFound
 from kalamdb.jobs.context import JobContext, JobServices
-from kalamdb.jobs.model import Cron, Every, Outcome
+from kalamdb.jobs.model import Cron, Every, Outcome, RunIn
+from kalamdb.jobs.processes import reference_to
 from kalamdb.jobs.queues import check_queue_name
 from kalamdb.storage.jobs import OnInterrupt, RetryPolicy
 
@@ -45,6 +46,10 @@ class JobExecutor(Generic[Params]):
     priority: ClassVar[int] = 0
     """Higher runs first; a point is worth a minute of waiting."""
 
+    run_in: ClassVar[RunIn] = RunIn.THREAD
+    """RunIn.PROCESS: each attempt has a process of its own, where the class is imported and made without arguments;
+    its context has no database, and the job's parameters and result are JSON-like."""
+
     schedule: ClassVar[Every | Cron | None] = None
     """Jobs that come back by themselves: a schedule of the name of the job type, made when there is none."""
 
@@ -52,6 +57,11 @@ class JobExecutor(Generic[Params]):
     def is_async(self) -> bool:
         """Whether `execute` is a coroutine function, which runs on the loop of async jobs."""
         return inspect.iscoroutinefunction(self.execute)
+
+    @property
+    def reference(self) -> tuple[str, str]:
+        """(module, name) by which a process of an attempt imports this. Raises InvalidRequest when it cannot."""
+        return reference_to(type(self), self.job_type)
 
     def execute(self, ctx: JobContext[Params]) -> Outcome | Awaitable[Outcome]:
         """Do the work of one attempt."""
@@ -101,6 +111,10 @@ class _FunctionExecutor(JobExecutor[Any]):
         function: Any = self._function
         return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
+    @property
+    def reference(self) -> tuple[str, str]:
+        return reference_to(self._function, self.job_type)
+
     def execute(self, ctx: JobContext[Any]) -> Outcome | Awaitable[Outcome]:
         outcome: Outcome | Awaitable[Outcome] = self._function(ctx)
         return outcome
@@ -130,12 +144,17 @@ def executor_of(
     priority: int = 0,
     concurrency_key: str | None = None,
     schedule: Every | Cron | None = None,
+    run_in: str = "thread",
 ) -> JobExecutor[Any]:
     """An executor over `function(ctx)`; the annotation JobContext[Params] gives the parameter type."""
     try:
         interrupt = OnInterrupt(on_interrupt)
     except ValueError:
         raise InvalidRequest(f"on_interrupt '{on_interrupt}' is not one of {', '.join(OnInterrupt)}") from None
+    try:
+        place = RunIn(run_in)
+    except ValueError:
+        raise InvalidRequest(f"run_in '{run_in}' is not one of {', '.join(RunIn)}") from None
     body = {
         "job_type": job_type,
         "prefix": prefix,
@@ -147,6 +166,7 @@ def executor_of(
         "queue": queue,
         "priority": priority,
         "schedule": schedule,
+        "run_in": place,
         "__doc__": function.__doc__,
     }
     kind = types.new_class(f"{job_type}_executor", (_FunctionExecutor,), exec_body=lambda space: space.update(body))
@@ -199,6 +219,10 @@ class JobRegistry:
         if executor.timeout_s is not None and not 0 < executor.timeout_s < float("inf"):
             raise InvalidRequest(f"timeout_s of job type '{job_type}' is {executor.timeout_s}; more than 0 is allowed")
         check_queue_name(executor.queue)
+        if executor.run_in == RunIn.PROCESS:
+            if executor.is_async:
+                raise InvalidRequest(f"job type '{job_type}' is async; run_in='process' is for sync executors")
+            _ = executor.reference
         with self._lock:
             if job_type in self._by_type:
                 raise InvalidRequest(f"job type '{job_type}' is registered already")

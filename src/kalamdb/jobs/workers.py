@@ -7,12 +7,13 @@ import inspect
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol
 
 from kalamdb.errors import KalamDbError
 from kalamdb.jobs.context import JobContext
-from kalamdb.jobs.model import EXPECTED_OUTCOMES, Outcome, Permanent
+from kalamdb.jobs.model import EXPECTED_OUTCOMES, Outcome, Permanent, RunIn
+from kalamdb.jobs.processes import run_in_process
 from kalamdb.jobs.registry import JobExecutor
 from kalamdb.storage.jobs import JobRow
 
@@ -37,6 +38,14 @@ class Attempt:
         self.ended = threading.Event()
         """Set when its end is recorded, or its lease was taken away."""
         self.task: asyncio.Task[None] | None = None
+        self.kill: Callable[[], None] | None = None
+        """Ends the process of the attempt, where it has one."""
+
+    def attach(self, kill: Callable[[], None]) -> None:
+        """The attempt has a process now."""
+        self.kill = kill
+        if self.revoked:
+            kill()
 
 
 Finished = Callable[[Attempt], None]
@@ -67,6 +76,12 @@ def _prepare(attempt: Attempt) -> None:
         attempt.context.params = attempt.executor.decode(attempt.row.parameters)
     except KalamDbError as exc:
         raise Permanent(str(exc)) from exc
+
+
+def _execute(attempt: Attempt) -> Outcome | Awaitable[Outcome]:
+    if attempt.executor.run_in == RunIn.PROCESS:
+        return run_in_process(attempt.context, attempt.executor.reference, attempt.attach)
+    return attempt.executor.execute(attempt.context)
 
 
 class ThreadWorkers:
@@ -114,7 +129,7 @@ class ThreadWorkers:
         while (attempt := self._next()) is not None:
             try:
                 _prepare(attempt)
-                outcome = attempt.executor.execute(attempt.context)
+                outcome = _execute(attempt)
                 if inspect.isawaitable(outcome):
                     if inspect.iscoroutine(outcome):
                         outcome.close()
@@ -127,7 +142,9 @@ class ThreadWorkers:
             del attempt
 
     def abandon(self, attempt: Attempt) -> None:
-        """A thread cannot be ended from outside."""
+        """A process is killed; a thread cannot be ended from outside."""
+        if attempt.kill is not None:
+            attempt.kill()
 
     def stop(self) -> None:
         """Let idle threads end. Busy ones end with their attempt."""

@@ -43,6 +43,8 @@ _KEPT_BY_STORE: Final = frozenset(
 )
 _ID_DRAWS_MAX = 16
 _READ_ROWS = 256
+_DEPARTED_MAX = 1024
+"""So many removed entries may lie in front of a status index before its floor is raised over them."""
 _DELETE_JOBS = 200
 """Jobs that one commit of `delete` takes, so that writers are not kept waiting."""
 
@@ -76,6 +78,8 @@ class Staged:
     holders: dict[str, JobId | None] = field(default_factory=dict)
     """Who holds an idempotency key after the operations so far."""
     counts: Counter[tuple[JobStatus, str]] = field(default_factory=Counter)
+    departed: Counter[JobStatus] = field(default_factory=Counter)
+    """How many entries of the status index go."""
     committed: list[tuple[str, int, int]] = field(default_factory=list)
     joined: list[bytes] = field(default_factory=list)
     left: list[bytes] = field(default_factory=list)
@@ -120,6 +124,8 @@ class JobIndex:
         self._waiting = WaitingJobs(kv, jk.QUEUE)
         self._floors = {status: jk.STATUS + jk.STATUS_BYTE[status] for status in JobStatus}
         """A key at or below the first entry of each status: an LSM store skips removed entries one by one."""
+        self._departed = Counter[JobStatus]()
+        """Entries that went from each status since its floor was raised."""
         self._parked_floors: dict[str, bytes] = {}
         self._running: dict[JobId, JobRow] = {}
         self._running_keys = Counter[str]()
@@ -184,6 +190,16 @@ class JobIndex:
             floor = jk.status_key(row)
             if floor < self._floors[row.status]:
                 self._floors[row.status] = floor
+        for status, gone in staged.departed.items():
+            self._departed[status] += gone
+            if not self._totals[status] or self._departed[status] >= _DEPARTED_MAX:
+                self._raise_floor(status)
+
+    def _raise_floor(self, status: JobStatus) -> None:
+        end = jk.after(jk.STATUS + jk.STATUS_BYTE[status])
+        first = next(self._kv.scan(self._floors[status], end, limit=1), None) if self._totals[status] else None
+        self._floors[status] = end if first is None else first[0]
+        self._departed[status] = 0
 
     def _follow_running(self, job_id: JobId, row: JobRow) -> None:
         old = self._running.pop(job_id, None)
@@ -421,6 +437,7 @@ class JobIndex:
         if old is None or old.status is not new.status:
             if old is not None:
                 writes.append((jk.status_key(old), None))
+                staged.departed[old.status] += 1
                 counts[old.status, old.queue] -= 1
             writes.append((jk.status_key(new), b""))
             counts[new.status, new.queue] += 1
@@ -448,6 +465,7 @@ class JobIndex:
             if row.status.is_active:
                 continue
             staged.counts[row.status, row.queue] -= 1
+            staged.departed[row.status] += 1
             staged.writes += [(jk.JOB + row.job_id.encode(), None), (jk.status_key(row), None)]
             for prefix in (jk.history_prefix(row.job_id), jk.attempts_prefix(row.job_id)):
                 staged.writes += [(key, None) for key, _ in self._kv.scan(prefix, jk.after(prefix))]
@@ -535,9 +553,9 @@ class JobIndex:
             raise InvalidRequest(f"jobs have no column '{wanted.sort_by}' to sort by")
         with self._lock:
             self._check_open()
-            view, floors = self._kv.snapshot(), dict(self._floors)
+            view, floors, totals = self._kv.snapshot(), dict(self._floors), Counter(self._totals)
         try:
-            candidates = _candidates(view, wanted, floors)
+            candidates = _candidates(view, wanted, floors, totals)
             found = (row for row in self._rows_of(view, candidates) if _matches(row, wanted))
             if wanted.sort_by == "created_at":
                 return list(islice(found, wanted.limit))
@@ -549,7 +567,7 @@ class JobIndex:
         """Ids of a status, oldest first. Raises its floor, so only under the commit lock."""
         prefix = jk.STATUS + jk.STATUS_BYTE[status]
         first = True
-        for key, _ in view.scan(self._floors[status], jk.after(prefix)):
+        for key, _ in view.scan(self._floors[status], jk.after(prefix), limit=self._totals[status]):
             if first:
                 self._floors[status] = key
                 first = False
@@ -612,7 +630,9 @@ class JobIndex:
                     yield event
 
 
-def _candidates(view: KvReader, wanted: JobFilter, floors: Mapping[JobStatus, bytes]) -> Iterator[JobId]:
+def _candidates(
+    view: KvReader, wanted: JobFilter, floors: Mapping[JobStatus, bytes], totals: Mapping[JobStatus, int]
+) -> Iterator[JobId]:
     """Ids from the status index, by created_at and id."""
     statuses = JobStatus if wanted.statuses is None else wanted.statuses
     low = jk.NUMBER.pack(max(wanted.created_after or 0, 0))
@@ -622,7 +642,7 @@ def _candidates(view: KvReader, wanted: JobFilter, floors: Mapping[JobStatus, by
         prefix = jk.STATUS + jk.STATUS_BYTE[status]
         end = jk.after(prefix) if high is None else prefix + high
         start = max(prefix + low, floors[status])
-        scan = view.scan(start, max(start, end), reverse=wanted.descending)
+        scan = view.scan(start, max(start, end), reverse=wanted.descending, limit=totals[status])
         streams.append(key[2:] for key, _ in scan)
     for key in merge(*streams, reverse=wanted.descending):
         yield JobId(key[jk.STATUS_KEY_BYTES - 2 :].decode())

@@ -29,9 +29,11 @@ class _View:
     def get_many(self, wanted: Sequence[bytes]) -> list[bytes | None]:
         return [self.entries.get(key) for key in wanted]
 
-    def scan(self, start: bytes, end: bytes, *, reverse: bool = False) -> Iterator[tuple[bytes, bytes]]:
+    def scan(
+        self, start: bytes, end: bytes, *, reverse: bool = False, limit: int | None = None
+    ) -> Iterator[tuple[bytes, bytes]]:
         entries = self.entries
-        for key in entries.irange(start, end, inclusive=(True, False), reverse=reverse):
+        for key in islice(entries.irange(start, end, inclusive=(True, False), reverse=reverse), limit):
             yield key, entries[key]
 
     def close(self) -> None:
@@ -56,7 +58,12 @@ class MemoryKv:
         with self._lock:
             return [self._entries.get(key) for key in wanted]
 
-    def scan(self, start: bytes, end: bytes, *, reverse: bool = False) -> Iterator[tuple[bytes, bytes]]:
+    def scan(
+        self, start: bytes, end: bytes, *, reverse: bool = False, limit: int | None = None
+    ) -> Iterator[tuple[bytes, bytes]]:
+        if limit is not None:
+            yield from islice(self.scan(start, end, reverse=reverse), limit)
+            return
         bounds = (True, False)
         while True:
             with self._lock:

@@ -25,8 +25,11 @@ class KvReader(Protocol):
         """The values of keys, in order."""
         ...
 
-    def scan(self, start: bytes, end: bytes, *, reverse: bool = False) -> Iterator[tuple[bytes, bytes]]:
-        """Entries with start <= key < end. Raises Corrupt on a damaged block, never stops short in silence."""
+    def scan(
+        self, start: bytes, end: bytes, *, reverse: bool = False, limit: int | None = None
+    ) -> Iterator[tuple[bytes, bytes]]:
+        """Entries with start <= key < end, the first `limit`: what lies behind them is not looked at, which an LSM
+        store would do, past every removed entry. Raises Corrupt on a damaged block, never stops short in silence."""
         ...
 
 

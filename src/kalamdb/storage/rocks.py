@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -135,11 +136,16 @@ class _Reading:
         self._iterator: RdictIter | None = database.iter()
         self._lock = threading.Lock()
 
-    def scan(self, start: bytes, end: bytes, *, reverse: bool = False) -> Iterator[tuple[bytes, bytes]]:
+    def scan(
+        self, start: bytes, end: bytes, *, reverse: bool = False, limit: int | None = None
+    ) -> Iterator[tuple[bytes, bytes]]:
+        left = sys.maxsize if limit is None else limit
         rows = _FIRST_CHUNK_ROWS
-        while True:
+        while left > 0:
+            rows = min(rows, left)
             chunk = self._chunk(start, end, rows, reverse)
             yield from chunk
+            left -= len(chunk)
             if len(chunk) < rows:
                 return
             if reverse:
@@ -161,11 +167,13 @@ class _Reading:
                         iterator.prev()
                 else:
                     iterator.seek(start)
-                while iterator.valid() and len(found) < rows:
+                while iterator.valid():
                     key = iterator.key()
                     if not start <= key < end:
                         break
                     found.append((key, iterator.value()))
+                    if len(found) == rows:
+                        break
                     if reverse:
                         iterator.prev()
                     else:
@@ -246,8 +254,10 @@ class RocksKv:
             raise translate(exc, self.path) from exc
         return found
 
-    def scan(self, start: bytes, end: bytes, *, reverse: bool = False) -> Iterator[tuple[bytes, bytes]]:
-        return self.snapshot().scan(start, end, reverse=reverse)
+    def scan(
+        self, start: bytes, end: bytes, *, reverse: bool = False, limit: int | None = None
+    ) -> Iterator[tuple[bytes, bytes]]:
+        return self.snapshot().scan(start, end, reverse=reverse, limit=limit)
 
     def write(self, writes: Sequence[Write], ranges: Sequence[Range] = ()) -> None:
         try:

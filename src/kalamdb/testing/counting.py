@@ -44,9 +44,11 @@ class _CountingReader:
             self._reads.add(key, value)
         return values
 
-    def scan(self, start: bytes, end: bytes, *, reverse: bool = False) -> Iterator[tuple[bytes, bytes]]:
+    def scan(
+        self, start: bytes, end: bytes, *, reverse: bool = False, limit: int | None = None
+    ) -> Iterator[tuple[bytes, bytes]]:
         self._reads.scans += 1
-        for key, value in self._reader.scan(start, end, reverse=reverse):
+        for key, value in self._reader.scan(start, end, reverse=reverse, limit=limit):
             self._reads.add(key, value)
             yield key, value
 
