@@ -18,6 +18,7 @@ from kalamdb.config import Settings
 from kalamdb.files import FileOps, LocalFiles
 from kalamdb.introspection import Introspection
 from kalamdb.jobs import JobRegistry, UnifiedJobManager
+from kalamdb.jobs.discovery import register_installed
 from kalamdb.jobs.executors.backup import BackupExecutor
 from kalamdb.jobs.executors.cleanup import CleanupExecutor
 from kalamdb.jobs.executors.compact import CompactExecutor
@@ -31,6 +32,7 @@ from kalamdb.jobs.queues import MAINTENANCE_QUEUE
 from kalamdb.jobs.scheduler import Schedulers
 from kalamdb.jobs.schedules import JobSchedules
 from kalamdb.jobs.settings import JobSettings
+from kalamdb.jobs.workers import WorkersFactory
 from kalamdb.service import Loop
 from kalamdb.sql.admin import Admin
 from kalamdb.sql.backups import BackupAdmin
@@ -73,8 +75,13 @@ class AppContext:
         operations: FileOps | None = None,
         backend: StorageBackend | None = None,
         root: Path | None = None,
+        workers: WorkersFactory | None = None,
+        background: bool = True,
     ) -> None:
         self.settings = settings
+        self._workers = workers
+        self._background = background
+        """Whether `start` begins threads; else whoever holds this makes the passes of runner and schedules."""
         self.clock = clock or SystemClock()
         self._pid = os.getpid()
         self._stopping = threading.Lock()
@@ -216,6 +223,8 @@ class AppContext:
         registry.register(UserCleanupExecutor())
         registry.register(BackupExecutor(self.backups))
         registry.register(RestoreExecutor(self.backups))
+        if self.settings["jobs.entry_points_enabled"]:
+            register_installed(registry)
         return registry
 
     def _make_jobs(self, path: Path | None) -> UnifiedJobManager:
@@ -243,8 +252,9 @@ class AppContext:
                 files_max=job_settings.log_files_max,
             )
         return UnifiedJobManager(
-            self.backend, self.job_registry, self.clock, job_settings, log=log, resolve_table=self.maintenance.resolve
-        )
+            self.backend, self.job_registry, self.clock, job_settings, log=log, resolve_table=self.maintenance.resolve,
+            workers=self._workers,
+        )  # fmt: skip
 
     def _system(self, root: Path) -> SystemTablesRegistry:
         registry = SystemTablesRegistry(
@@ -309,6 +319,10 @@ class AppContext:
         self._job_manager.runner.services = services
         if self._job_manager.log is not None:
             self._job_manager.log.start()
+        if not self._background:
+            self._job_manager.runner.begin(self.settings["jobs.max_concurrent"])
+            self.schedules.start(running=False)
+            return
         self._remover.start()
         self._job_manager.run_loop(self.settings["jobs.max_concurrent"])
         self.schedulers.start()

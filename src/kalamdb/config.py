@@ -75,6 +75,7 @@ SETTINGS: Final[tuple[Setting, ...]] = (
     _S("jobs.quarantine_after", 3, "process deaths after which a job is held back", 1),
     _S("jobs.schedules_enabled", True, "make the jobs of schedules when they are due"),
     _S("jobs.misfire_grace_s", 60.0, "seconds that a due time may be late before the misfire policy decides", 0),
+    _S("jobs.entry_points_enabled", True, "register the executors of installed distributions at the start"),
     _S("jobs.queued_max", 1_000_000, "jobs that may wait", 1),
     _S("jobs.history_completed_days", 7.0, "days that completed, skipped and cancelled jobs are kept", 0),
     _S("jobs.history_failed_days", 90.0, "days that failed jobs are kept", 0),

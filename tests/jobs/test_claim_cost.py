@@ -11,19 +11,18 @@ from kalamdb.app_context import AppContext
 from kalamdb.config import Settings
 from kalamdb.database import Database
 from kalamdb.storage import Batch
-from kalamdb.storage.jobs import Claim, JobFilter, JobInsert, JobMove, JobRow, JobStatus
+from kalamdb.storage.jobs import JobFilter, JobMove, JobStatus
 from kalamdb.storage.kv import KvBackend
 from kalamdb.storage.memory import MemoryKv
 from kalamdb.storage.ordered import OrderedKv
 from kalamdb.storage.rocks import RocksKv
 from kalamdb.testing.clock import SimulatedClock
-from kalamdb.testing.counting import CountingKv
+from kalamdb.testing.counting import CountingKv, claim_reads, fill_jobs
 from kalamdb.types import JobId
 from tests.jobs.conftest import QUIET
 
 ENDED = 20_000
 CLAIMED = 300
-EVENTS = (("INFO", "Job created"),)
 
 
 def memory(path: Path) -> OrderedKv:
@@ -34,47 +33,14 @@ def rocks(path: Path) -> OrderedKv:
     return RocksKv(path, create=True)
 
 
-def fill(backend: KvBackend, status: JobStatus, count: int, first: int = 0) -> None:
-    """Jobs of a state with ids of one length, in commits of 2,000."""
-    row = JobRow(job_id=JobId(""), job_type="test", status=status, created_at=backend.now_ms())
-    ids = iter(range(first, first + count))
-    for start in range(0, count, 2000):
-        inserts = [JobInsert(row, lambda: f"XX-{next(ids):08d}", EVENTS) for _ in range(min(2000, count - start))]
-        backend.commit(Batch(jobs=list(inserts)))
-
-
-def read_by_claims(kv: OrderedKv, ended: int) -> list[tuple[int, int, int]]:
-    """Keys, bytes and scans of each claim that starts one job and ends the one before, as a runner makes them."""
-    counting = CountingKv(kv)
-    backend = KvBackend(counting, SimulatedClock(), durability="os")
-    try:
-        fill(backend, JobStatus.COMPLETED, ended)
-        fill(backend, JobStatus.NEW, CLAIMED, first=ENDED)
-        wanted = Claim(limit=1, types={"test"}, admit_max=50, admitted=EVENTS, started=lambda row: EVENTS)
-        ends = Batch()
-        found = []
-        for _ in range(CLAIMED):
-            counting.reset()
-            commit = backend.claim(wanted, ends)
-            found.append((counting.reads.keys_read, counting.reads.bytes_read, counting.reads.scans))
-            assert commit is not None and len(commit.claimed) == 1
-            (row,) = (row for row in commit.changed_jobs if row.job_id == commit.claimed[0])
-            ends = Batch(
-                jobs=[JobMove(row.job_id, JobStatus.RUNNING, row.lease_id, {"status": JobStatus.COMPLETED}, EVENTS)]
-            )
-        return found
-    finally:
-        backend.close()
-
-
 @pytest.mark.parametrize("open_kv", [memory, rocks])
 def test_a_claim_reads_the_same_keys_and_bytes_however_many_jobs_have_ended(
     open_kv: Callable[[Path], OrderedKv], tmp_path: Path
 ) -> None:
-    fresh = read_by_claims(open_kv(tmp_path / "fresh"), 0)
-    full = read_by_claims(open_kv(tmp_path / "full"), ENDED)
+    fresh = claim_reads(open_kv(tmp_path / "fresh"), ended=0, claimed=CLAIMED)
+    full = claim_reads(open_kv(tmp_path / "full"), ended=ENDED, claimed=CLAIMED)
     assert full == fresh
-    keys = [keys for keys, _, _ in fresh]
+    keys = [reads.keys_read for reads in fresh]
     # Admissions come in the first claims, and the first entries of the lane are read 256 at a time.
     assert sorted(keys)[CLAIMED // 2] <= 2 and sum(keys) < 10 * CLAIMED
 
@@ -85,8 +51,8 @@ def counted(tmp_path: Path) -> tuple[Database, CountingKv]:
     counting = CountingKv(MemoryKv())
     clock = SimulatedClock()
     backend = KvBackend(counting, clock)
-    fill(backend, JobStatus.COMPLETED, 500)
-    fill(backend, JobStatus.QUEUED, 1, first=5000)
+    fill_jobs(backend, JobStatus.COMPLETED, 500)
+    fill_jobs(backend, JobStatus.QUEUED, 1, first=5000)
     settings = Settings.load({**QUIET, "jobs.schedules_enabled": False}, environment={})
     context = AppContext(None, settings, clock=clock, backend=backend, root=tmp_path)
     return Database(context), counting
@@ -185,9 +151,9 @@ def test_a_job_that_returns_to_a_state_is_found_before_those_that_came_later(
         backend.commit(Batch(jobs=[JobMove(JobId(job_id), old, None, {"status": new})]))
 
     try:
-        fill(backend, JobStatus.QUEUED, 1500)
+        fill_jobs(backend, JobStatus.QUEUED, 1500)
         clock.advance(1)
-        fill(backend, JobStatus.QUEUED, 5, first=1500)
+        fill_jobs(backend, JobStatus.QUEUED, 5, first=1500)
         ids = [f"XX-{number:08d}" for number in range(1505)]
         gone = [JobMove(JobId(one), JobStatus.QUEUED, None, {"status": JobStatus.CANCELLED}) for one in ids[:1500]]
         backend.commit(Batch(jobs=list(gone)))

@@ -11,6 +11,7 @@ from kalamdb.jobs.model import (
     JobInterrupted,
     Permanent,
     Retry,
+    RunIn,
     Skipped,
     Snooze,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "Permanent",
     "Retry",
     "RetryPolicy",
+    "RunIn",
     "Skipped",
     "Snooze",
     "UnifiedJobManager",

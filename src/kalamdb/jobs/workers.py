@@ -78,7 +78,9 @@ def _prepare(attempt: Attempt) -> None:
         raise Permanent(str(exc)) from exc
 
 
-def _execute(attempt: Attempt) -> Outcome | Awaitable[Outcome]:
+def execute_attempt(attempt: Attempt) -> Outcome | Awaitable[Outcome]:
+    """Decode its parameters and call the executor, here or in a process. Raises what it raises."""
+    _prepare(attempt)
     if attempt.executor.run_in == RunIn.PROCESS:
         return run_in_process(attempt.context, attempt.executor.reference, attempt.attach)
     return attempt.executor.execute(attempt.context)
@@ -128,8 +130,7 @@ class ThreadWorkers:
     def _run(self) -> None:
         while (attempt := self._next()) is not None:
             try:
-                _prepare(attempt)
-                outcome = _execute(attempt)
+                outcome = execute_attempt(attempt)
                 if inspect.isawaitable(outcome):
                     if inspect.iscoroutine(outcome):
                         outcome.close()

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from kalamdb.storage import Batch, StorageBackend
+from kalamdb.storage.jobs import Claim, JobInsert, JobMove, JobRow, JobStatus
+from kalamdb.storage.kv import KvBackend
 from kalamdb.storage.ordered import KvReader, KvSnapshot, OrderedKv, Range, Write
+from kalamdb.testing.clock import SimulatedClock
+from kalamdb.types import JobId
 
 
 @dataclass(slots=True)
@@ -106,4 +111,45 @@ class CountingKv(_CountingReader):
         self._kv.close()
 
 
-__all__ = ["CountingKv", "Reads"]
+# What claims read
+
+_EVENTS = (("INFO", "it happened"),)
+_FILL_JOBS = 2000
+
+
+def fill_jobs(backend: StorageBackend, status: JobStatus, count: int, *, first: int = 0) -> None:
+    """Jobs of a state, with ids XX-00000000 and so on from `first`."""
+    row = JobRow(job_id=JobId(""), job_type="test", status=status, created_at=backend.now_ms())
+    ids = iter(range(first, first + count))
+    for start in range(0, count, _FILL_JOBS):
+        some = min(_FILL_JOBS, count - start)
+        inserts = [JobInsert(row, lambda: f"XX-{next(ids):08d}", _EVENTS) for _ in range(some)]
+        backend.commit(Batch(jobs=list(inserts)))
+
+
+def claim_reads(kv: OrderedKv, *, ended: int, claimed: int) -> list[Reads]:
+    """What each claim reads that starts one job and ends the one before, as a runner makes them, in an empty store
+    that is given `ended` completed jobs first. Closes the store."""
+    counting = CountingKv(kv)
+    backend = KvBackend(counting, SimulatedClock(), durability="os")
+    try:
+        fill_jobs(backend, JobStatus.COMPLETED, ended)
+        fill_jobs(backend, JobStatus.NEW, claimed, first=10_000_000)
+        wanted = Claim(limit=1, types={"test"}, admit_max=50, admitted=_EVENTS, started=lambda row: _EVENTS)
+        ends = Batch()
+        found = []
+        for _ in range(claimed):
+            counting.reset()
+            commit = backend.claim(wanted, ends)
+            found.append(replace(counting.reads))
+            assert commit is not None and len(commit.claimed) == 1
+            (row,) = (row for row in commit.changed_jobs if row.job_id == commit.claimed[0])
+            done = {"status": JobStatus.COMPLETED}
+            ends = Batch(jobs=[JobMove(row.job_id, JobStatus.RUNNING, row.lease_id, done, _EVENTS)])
+        backend.commit(ends)
+        return found
+    finally:
+        backend.close()
+
+
+__all__ = ["CountingKv", "Reads", "claim_reads", "fill_jobs"]
