@@ -19,7 +19,7 @@ from kalamdb.jobs.manager import JobRequest
 from kalamdb.jobs.settings import JobSettings
 from kalamdb.sql.caller import Caller
 from kalamdb.storage import ABSENT, Batch, RecordKind, RecordOp, record_key
-from kalamdb.storage.jobs import Claim, JobStatus
+from kalamdb.storage.jobs import Claim, JobMove, JobStatus
 from kalamdb.tables.maintenance import Maintenance
 from kalamdb.tables.segments import IntentRecord, segment_path
 from kalamdb.types import Role, TableId
@@ -123,12 +123,17 @@ def run_waiting(context: AppContext) -> None:
         assert row is not None
         executor = context.job_registry.get_or_error(row.job_type)
         services = _Services(context.maintenance)
+        endings = Endings(context.clock, JobSettings())
         job: JobContext[Any] = JobContext(
             row, backend=backend, services=services, clock=context.clock, settings=JobSettings(),
-            endings=Endings(context.clock, JobSettings()), create=context.job_manager.create_job,
+            endings=endings, create=context.job_manager.create_job,
         )  # fmt: skip
         job.params = executor.decode(row.parameters)
-        executor.execute(job)
+        outcome = executor.execute(job)
+        if not job.sealed:
+            ending = endings.of(row, outcome, None)
+            move = JobMove(job_id, JobStatus.RUNNING, row.lease_id, ending.changes, ending.events)
+            backend.wait_durable(backend.commit(Batch(jobs=[move])))
         ended = backend.jobs.get(job_id)
         assert ended is not None
         assert ended.status is JobStatus.COMPLETED, f"{job_id} is {ended.status}: {ended.message}"
