@@ -115,6 +115,8 @@ class AppContext:
             self.probation = None if self.directory is None else self._make_probation(self.directory)
             self.job_registry = self._registry()
             self._job_manager = self._make_jobs(path)
+            if self._job_manager.log is not None:
+                self.maintenance.scrub_log = self._job_manager.log.scrub
             self.schedules = JobSchedules(
                 self.backend, self._job_manager, self.clock, misfire_grace_s=settings["jobs.misfire_grace_s"]
             )
@@ -192,6 +194,7 @@ class AppContext:
             block_cache_bytes=settings["storage.rocksdb.block_cache_size"],
             write_buffer_bytes=settings["storage.rocksdb.write_buffer_size"],
             open_files_max=settings["storage.rocksdb.max_open_files"],
+            compressed=settings["storage.compression"],
         )
         try:
             return KvBackend(kv, self.clock, durability=settings["storage.durability"])
@@ -204,6 +207,7 @@ class AppContext:
         return TableLimits(
             batch_rows_max=s["limits.batch_rows_max"],
             row_group_rows_max=s["segment.row_group_rows_max"],
+            segment_compression="zstd" if s["storage.compression"] else "none",
             segment_bytes_max=s["compaction.segment_bytes_max"],
             level0_segments_max=s["compaction.level0_segments_max"],
             hot_bytes_max=s["hot.bytes_max"],

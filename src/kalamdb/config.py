@@ -44,6 +44,7 @@ SETTINGS: Final[tuple[Setting, ...]] = (
         "'commit' waits for the disk at each commit, 'os' survives kill -9 only",
         choices=("commit", "os"),
     ),
+    _S("storage.compression", True, "compress segments and the store's files; off leaves their texts searchable"),
     _S("storage.rocksdb.block_cache_size", 32 << 20, "bytes of RocksDB's block cache", 1 << 20),
     _S("storage.rocksdb.write_buffer_size", 64 << 20, "bytes of RocksDB's write buffer", 1 << 20),
     _S("storage.rocksdb.max_open_files", 512, "files that RocksDB keeps open", 16),

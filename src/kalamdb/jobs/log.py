@@ -15,9 +15,10 @@ from pathlib import Path
 import msgspec
 
 from kalamdb.clock import Clock
-from kalamdb.errors import KalamDbError
+from kalamdb.errors import KalamDbError, Unavailable
 from kalamdb.service import Loop
 from kalamdb.storage import Batch, Commit, RecordKind, RecordOp, StorageBackend, record_key
+from kalamdb.storage.job_scrub import Scrubber
 
 _log = logging.getLogger("kalamdb.jobs")
 _GATHER_S = 0.1
@@ -133,6 +134,37 @@ class JobLogFile:
             if older.exists():
                 older.replace(self._numbered(number + 1))
         self._path.replace(self._numbered(1))
+
+    def scrub(self, name: str) -> None:
+        """Take a name out of the lines that were written, in older files too. Blocks for the disk. Raises Unavailable.
+
+        Lines that are not written yet come from the store, which has to be rid of the name before.
+        """
+        scrubber = Scrubber(_one_line(name))
+        with self._lock:
+            try:
+                for path in [self._path, *(self._numbered(number) for number in range(1, self._files_max + 1))]:
+                    if path.exists() and scrubber.may_be_in(body := path.read_bytes()):
+                        self._rewrite(path, scrubber.text(body.decode(errors="replace")).encode())
+            except OSError as exc:
+                raise Unavailable(f"'{self._path}' cannot be rewritten: {exc.strerror}; free space there") from exc
+
+    def _rewrite(self, path: Path, body: bytes) -> None:
+        temporary = path.with_name(f".{path.name}.tmp")
+        with temporary.open("wb") as file:
+            file.write(body)
+            file.flush()
+            os.fsync(file.fileno())
+            found = os.fstat(file.fileno())
+        if path == self._path:
+            # Named before it is there, as any file: after a crash in between the old one is taken as it is.
+            self._backend.wait_durable(self._record(_Mark(self._mark.position, found.st_ino, found.st_size)))
+        temporary.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
     def stop(self) -> None:
         """Write all lines, then end; a log that was not started is left as it is."""

@@ -38,6 +38,7 @@ from kalamdb.storage.jobs import (
     JobFilter,
     JobInsert,
     JobMove,
+    JobOp,
     JobRow,
     JobStatus,
     OnInterrupt,
@@ -176,7 +177,7 @@ class UnifiedJobManager:
         """Accept many jobs in one commit; all or none. At most 10,000."""
         if len(requests) > _CREATED_MAX:
             raise LimitExceeded(f"{len(requests)} jobs are to be created at once, at most {_CREATED_MAX} are allowed")
-        inserts: list[JobInsert | JobMove | JobFence] = []
+        inserts: list[JobOp] = []
         for one in requests:
             try:
                 request = one if isinstance(one, JobRequest) else JobRequest(**one)

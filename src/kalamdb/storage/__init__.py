@@ -18,7 +18,7 @@ import msgspec
 
 from kalamdb.errors import Conflict, KalamDbError, LeaseLost, Unavailable
 from kalamdb.storage import keys
-from kalamdb.storage.jobs import Claim, JobFence, JobInsert, JobMove, JobRow, JobStore
+from kalamdb.storage.jobs import Claim, JobFence, JobInsert, JobMove, JobOp, JobRow, JobScrub, JobStore
 from kalamdb.types import JobId, RowFlags, Scope, Seq, TableUid
 
 __all__ = [
@@ -36,6 +36,8 @@ __all__ = [
     "JobFence",
     "JobInsert",
     "JobMove",
+    "JobOp",
+    "JobScrub",
     "JobStore",
     "Record",
     "RecordKind",
@@ -277,7 +279,7 @@ class Batch:
     delete_scopes: list[tuple[TableUid, Scope]] = field(default_factory=list)
     """All hot rows and stream rows of a scope of a table go, by range delete."""
     delete_stream: list[StreamDelete] = field(default_factory=list)
-    jobs: list[JobInsert | JobMove | JobFence] = field(default_factory=list)
+    jobs: list[JobOp] = field(default_factory=list)
     quiet: list[tuple[TableUid, Seq]] = field(default_factory=list)
     """No hot row of the table was written after that `_seq`; else ExpectationFailed(what="quiet").
     A table about whose past the store knows nothing (just opened) counts as written at the opening."""
@@ -429,9 +431,10 @@ class StorageBackend(Protocol):
         """
         ...
 
-    def purge(self, tables: Sequence[TableUid]) -> None:
+    def purge(self, tables: Sequence[TableUid], *, records: bool = False) -> None:
         """Rewrite the store's files so that no replaced, deleted or retired row of `tables` is left in
-        them. Idempotent. Blocks for the disk; what a reader holds open goes when it ends."""
+        them; with `records` no former record and nothing former of a job either. Idempotent. Blocks for the
+        disk; what a reader holds open goes when it ends."""
         ...
 
     def head(self) -> Seq:

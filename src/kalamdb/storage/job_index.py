@@ -21,6 +21,7 @@ from kalamdb.errors import IdempotencyConflict, Internal, InvalidRequest
 from kalamdb.storage import Batch, Commit, Fenced
 from kalamdb.storage import job_keys as jk
 from kalamdb.storage.job_lanes import Lane, WaitingJobs
+from kalamdb.storage.job_scrub import Scrubber
 from kalamdb.storage.jobs import (
     LEGAL_MOVES,
     Claim,
@@ -32,7 +33,9 @@ from kalamdb.storage.jobs import (
     JobFilter,
     JobInsert,
     JobMove,
+    JobOp,
     JobRow,
+    JobScrub,
     JobStatus,
 )
 from kalamdb.storage.ordered import KvReader, OrderedKv, Range, Write
@@ -142,7 +145,7 @@ class JobIndex:
         """An overlay without changes."""
         return Staged(self._position, self._lease)
 
-    def stage(self, operations: Sequence[JobInsert | JobMove | JobFence], claim: Claim | None) -> Staged:
+    def stage(self, operations: Sequence[JobOp], claim: Claim | None) -> Staged:
         """Check the operations, then claim, and collect their writes. Raises IdempotencyConflict, Fenced, Internal.
 
         Called under the commit lock; after the write the caller calls `apply`.
@@ -162,6 +165,8 @@ class JobIndex:
                     running = stored is not None and stored.status is JobStatus.RUNNING
                     if stored is None or not running or stored.lease_id != operation.lease_id:
                         raise _fenced(operation.job_id, stored)
+                case JobScrub():
+                    self._stage_scrub(operation, now_ms, staged)
         if claim is not None:
             self._stage_claims(claim, now_ms, staged)
             if claim.admit_max:
@@ -282,6 +287,22 @@ class JobIndex:
         if status.is_active:
             self._refuse_taken(key, staged)
         staged.holders[key] = stored.job_id if status.is_active else None
+
+    def _stage_scrub(self, scrub: JobScrub, now_ms: int, staged: Staged) -> None:
+        stored = self._row(scrub.job_id, staged)
+        if scrub.lease_id is None:
+            if stored is None or stored.status.is_active:
+                return
+        elif stored is None or stored.status is not JobStatus.RUNNING or stored.lease_id != scrub.lease_id:
+            raise _fenced(scrub.job_id, stored)
+        scrubber = Scrubber(scrub.name)
+        row, key = scrubber.row(stored), stored.idempotency_key
+        if key is not None and row.idempotency_key != key and stored.status.is_active:
+            staged.holders[key] = None
+            staged.writes.append((jk.ACTIVE + key.encode(), None))
+            row = msgspec.structs.replace(row, idempotency_key=None)
+        staged.writes += scrubber.writes(self._kv, scrub.job_id)
+        self._change(row, (), now_ms, staged)
 
     def _change(self, row: JobRow, events: Events, now_ms: int, staged: Staged) -> None:
         if events:
@@ -511,6 +532,17 @@ class JobIndex:
         return found[0] if first + count > position else None
 
     # Reading
+
+    def ended_naming(self, name: str) -> list[JobId]:
+        """See JobStore."""
+        with self._lock:
+            self._check_open()
+            view = self._kv.snapshot()
+        try:
+            found = Scrubber(name).jobs_in(view)
+            return [row.job_id for row in self._rows_of(view, found) if row.status.is_terminal]
+        finally:
+            view.close()
 
     def next_due_ms(self, types: Set[str] | None = None, *, after_ms: int | None = None) -> int | None:
         """See JobStore."""

@@ -59,6 +59,12 @@ _PARKED: Final = bytes([JobSpace.PARKED])
 _HISTORY: Final = bytes([JobSpace.HISTORY])
 _ATTEMPT: Final = bytes([JobSpace.ATTEMPT])
 
+JOB_SPACES: Final = (JOB, bytes([max(JobSpace) + 1]))
+"""The range of all keys of jobs."""
+
+NAMING: Final = (JOB, _HISTORY, _ATTEMPT)
+"""Spaces whose values are texts of a job; after the prefix each key begins with the job id."""
+
 STATUSES: Final = tuple(JobStatus)
 STATUS_BYTE: Final = {status: bytes([at]) for at, status in enumerate(STATUSES)}
 NUMBER: Final = struct.Struct(">Q")
@@ -70,7 +76,7 @@ _CLAIMABLE: Final = frozenset({JobStatus.NEW, JobStatus.QUEUED, JobStatus.RETRYI
 encode = msgspec.msgpack.Encoder().encode
 decode_row = msgspec.msgpack.Decoder(JobRow).decode
 decode_attempt = msgspec.msgpack.Decoder(JobAttempt).decode
-_decode_history = msgspec.msgpack.Decoder(tuple[int, int, list[tuple[str, str]]]).decode
+decode_history = msgspec.msgpack.Decoder(tuple[int, int, list[tuple[str, str]]]).decode
 """Position of the first event, time, (level, text) of each."""
 decode_committed = msgspec.msgpack.Decoder(list[tuple[str, int, int]]).decode
 """(job id, number of its first event, how many events)."""
@@ -118,6 +124,6 @@ def attempts_prefix(job_id: JobId) -> bytes:
 
 def unpack_events(job_id: JobId, first: int, body: bytes) -> Iterator[JobEvent]:
     """The events of one HISTORY entry, whose first has number `first`."""
-    position, at, events = _decode_history(body)
+    position, at, events = decode_history(body)
     for offset, (level, text) in enumerate(events):
         yield JobEvent(job_id=job_id, number=first + offset, at=at, level=level, text=text, position=position + offset)

@@ -277,6 +277,23 @@ class JobFence:
     lease_id: int
 
 
+@dataclass(frozen=True, slots=True)
+class JobScrub:
+    """Take a name out of what is stored of a job: parameters, texts, results, keys, history and attempts.
+
+    Of a job that has ended when `lease_id` is None; one that is active again by then is left as it is. Of a
+    running one under its lease otherwise, which gives up an idempotency key that names it; Fenced without the lease.
+    """
+
+    job_id: JobId
+    name: str
+    lease_id: int | None = None
+
+
+JobOp = JobInsert | JobMove | JobFence | JobScrub
+"""What a batch may do to jobs."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Claim:
     """Which jobs to start: up to `limit` that are due and not held.
@@ -368,6 +385,10 @@ class JobStore(Protocol):
 
     def attempts(self, job_id: JobId) -> list[JobAttempt]:
         """All attempts of a job, oldest first."""
+        ...
+
+    def ended_naming(self, name: str) -> list[JobId]:
+        """Ended jobs of which anything stored may contain `name`, for JobScrub. Reads all jobs; blocks accordingly."""
         ...
 
     def delete(self, job_ids: Sequence[JobId]) -> int:

@@ -52,6 +52,7 @@ from kalamdb.storage import (
 )
 from kalamdb.storage.committer import Committer, refused
 from kalamdb.storage.job_index import JobIndex, Staged
+from kalamdb.storage.job_keys import JOB_SPACES
 from kalamdb.storage.jobs import Claim
 from kalamdb.storage.kv_check import check_store
 from kalamdb.storage.ordered import KvReader, OrderedKv, Range, Write
@@ -60,6 +61,7 @@ from kalamdb.types import Scope, Seq, TableUid
 
 _META = bytes([Space.META])
 _RECORD = bytes([Space.RECORD])
+_RECORD_END = bytes([Space.RECORD + 1])
 _ROW = bytes([Space.ROW])
 _STREAM = bytes([Space.STREAM])
 _OUTCOME = bytes([Space.OUTCOME])
@@ -440,12 +442,15 @@ class KvBackend:
         del self._removals[uid]
         return bool(self._removals)
 
-    def purge(self, tables: Sequence[TableUid]) -> None:
+    def purge(self, tables: Sequence[TableUid], *, records: bool = False) -> None:
         """See StorageBackend."""
         self._check_writable()
         while any(uid in self._removals for uid in tables):
             self.remove_retired()
-        self._kv.purge([range_ for uid in tables for range_ in _table_ranges(uid)])
+        ranges = [range_ for uid in tables for range_ in _table_ranges(uid)]
+        if records:
+            ranges += [(_RECORD, _RECORD_END), JOB_SPACES]
+        self._kv.purge(ranges)
 
     def stats(self) -> Mapping[str, int]:
         """See StorageBackend."""

@@ -21,6 +21,7 @@ from rocksdict import (
     Cache,
     Checkpoint,
     CompactOptions,
+    DBCompressionType,
     DBRecoveryMode,
     Options,
     Rdict,
@@ -209,6 +210,7 @@ class RocksKv:
         block_cache_bytes: int = 32 << 20,
         write_buffer_bytes: int = 64 << 20,
         open_files_max: int = 512,
+        compressed: bool = True,
     ) -> None:
         self.path = path
         options = _options(open_files_max)
@@ -216,6 +218,8 @@ class RocksKv:
         options.set_write_buffer_size(write_buffer_bytes)
         options.set_keep_log_file_num(2)
         options.set_target_file_size_base(_TABLE_FILE_BYTES)
+        if not compressed:
+            options.set_compression_type(DBCompressionType.none())
         table = BlockBasedOptions()
         table.set_block_cache(Cache(block_cache_bytes))
         table.set_bloom_filter(10.0, False)

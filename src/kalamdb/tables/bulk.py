@@ -26,9 +26,7 @@ from kalamdb.storage import (
     Batch,
     Commit,
     ExpectationFailed,
-    JobFence,
-    JobInsert,
-    JobMove,
+    JobOp,
     RecordKind,
     RecordOp,
     record_key,
@@ -42,7 +40,7 @@ from kalamdb.types import RowFlags, Scope, Seq
 _HOT_LOOKUP_ROWS = 65_536
 """Hot rows that are looked up among the keys of a large statement at once."""
 
-JobOps = Sequence[JobInsert | JobMove | JobFence]
+JobOps = Sequence[JobOp]
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +158,12 @@ def commit_drafts(store: TableStore, drafts: Sequence[SegmentDraft], *, jobs: Jo
             segment_id, path = names.next()
             layout = store.layout(draft.entry.definition)
             record = write_segment(
-                store.files, path, layout, [draft.rows], row_group_rows_max=store.limits.row_group_rows_max
+                store.files,
+                path,
+                layout,
+                [draft.rows],
+                row_group_rows_max=store.limits.row_group_rows_max,
+                compression=store.limits.segment_compression,
             )
             assert record is not None
             record = msgspec.structs.replace(record, relative=True, created_at=store.clock.now_ms())

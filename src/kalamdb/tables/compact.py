@@ -267,7 +267,12 @@ def _write_runs(
     while stream.has_more():
         _, path = names.next()
         record = write_segment(
-            store.files, path, layout, stream.take(rows_max), row_group_rows_max=store.limits.row_group_rows_max
+            store.files,
+            path,
+            layout,
+            stream.take(rows_max),
+            row_group_rows_max=store.limits.row_group_rows_max,
+            compression=store.limits.segment_compression,
         )
         assert record is not None
         outputs.append(msgspec.structs.replace(record, level=level, created_at=store.clock.now_ms()))

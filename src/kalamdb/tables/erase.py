@@ -4,23 +4,25 @@ The order makes it safe against everything that runs beside it. First the user i
 erased: no commit that writes a row of that scope is accepted from then on. Then the hot rows go, by range
 delete, and the table's ERASED record moves, so that a flush that read them before cannot publish them.
 Then the segments are rewritten; a compaction that took part in the race fails, as its inputs are gone.
+Jobs that have ended lose the name, jobs.log too. The audit log keeps who was purged by whom.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from kalamdb.storage import Batch, RecordKind, RecordOp, record_key
+from kalamdb.storage import Batch, JobScrub, RecordKind, RecordOp, record_key
 from kalamdb.tables.compact import erase_keys
 from kalamdb.tables.flush import JobHandle, Message, Step
 from kalamdb.tables.read import scope_range
 from kalamdb.tables.store import TableStore
-from kalamdb.types import Scope, TableKind
+from kalamdb.types import JobId, Scope, TableKind
 from kalamdb.users import Users
 
 _TABLES_PER_COMMIT = 500
+_JOBS_PER_COMMIT = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,27 +39,46 @@ class EraseReport:
 
 
 def erase_users(
-    store: TableStore, users: Users, user_ids: Sequence[str], job: JobHandle, message: Message
+    store: TableStore,
+    users: Users,
+    user_ids: Sequence[str],
+    job: JobHandle,
+    message: Message,
+    scrub_log: Callable[[str], None],
 ) -> EraseReport:
-    """Erase users one after another, rows first, the record last; ends the job.
+    """Erase users one after another: rows, what names them in jobs that have ended, at last the record; ends the job.
 
-    Interrupted anywhere, a repetition goes on: who is erased has no record and no mark any more.
-    Blocks for the disk. Raises what `erase_rows` raises.
+    Interrupted anywhere, a repetition goes on: who is erased has no record and no mark any more. In the
+    commit that forgets a user the job itself loses the name; what it does again for ERASED finds nothing. The
+    bytes go from the store's files before the job ends. Blocks for the disk. Raises what `erase_rows` raises.
     """
+    job_id, lease_id = job.intent_owner()
     total = EraseReport()
     for at, user_id in enumerate(user_ids):
         job.progress(at, len(user_ids), "users")
         found = erase_rows(store, Scope(user_id), Step(job) if len(user_ids) > 1 else job)
+        _scrub_jobs(store, user_id, job)
+        scrub_log(user_id)
         total = EraseReport(
             total.users + 1, total.tables + found.tables, total.rows + found.rows, total.segments + found.segments
         )
-        batch = Batch(records=users.forget(user_id))
-        if at + 1 < len(user_ids):
-            job.seal(batch)
-        else:
-            job.seal(batch, message=message(total), result=dataclasses.asdict(total))
+        batch = Batch(records=users.forget(user_id), jobs=[JobScrub(JobId(job_id), user_id, lease_id)])
         store.commit(batch)
+    job.check()
+    store.backend.purge((), records=True)
+    batch = Batch()
+    job.seal(batch, message=message(total), result=dataclasses.asdict(total))
+    store.commit(batch)
     return total
+
+
+def _scrub_jobs(store: TableStore, name: str, job: JobHandle) -> None:
+    naming = store.backend.jobs.ended_naming(name)
+    for at in range(0, len(naming), _JOBS_PER_COMMIT):
+        job.check()
+        batch = Batch(jobs=[JobScrub(job_id, name) for job_id in naming[at : at + _JOBS_PER_COMMIT]])
+        job.seal(batch)
+        store.commit(batch)
 
 
 def erase_rows(store: TableStore, user: Scope, job: JobHandle) -> EraseReport:

@@ -117,6 +117,7 @@ def _flush(
             layout,
             _hot_batches(store, entry, snapshot, job),
             row_group_rows_max=store.limits.row_group_rows_max,
+            compression=store.limits.segment_compression,
         )
         if record is None:
             # Whoever's rows these were is erased: nothing is pending any more.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from kalamdb.schema import FlushPolicy
@@ -36,6 +37,8 @@ class Maintenance:
     def __init__(self, store: TableStore, users: Users, *, deletion_grace_period_days: float) -> None:
         self._store = store
         self._users = users
+        self.scrub_log: Callable[[str], None] = lambda name: None
+        """Takes a name out of the log of jobs; set where there is one."""
         self._grace_ms = int(deletion_grace_period_days * _DAY_MS)
 
     def flush(self, table_uid: int, job: JobHandle, message: Message) -> FlushReport | None:
@@ -64,10 +67,17 @@ class Maintenance:
         """See `retention.evict_streams`."""
         return evict_streams(self._store, _uid(table_uid), job, message)
 
-    def erase_users(self, user_id: str | None, job: JobHandle, message: Message) -> EraseReport | None:
-        """Erase one user, or all that were dropped longer than the grace time ago; None when there is none."""
+    def erase_users(
+        self, user_id: str | None, job: JobHandle, message: Message, *, is_repeated: bool = False
+    ) -> EraseReport | None:
+        """Erase one user, or all that were dropped longer than the grace time ago; None when there is none.
+
+        A repetition finishes also what an attempt before it began: the last user may be forgotten already.
+        """
         user_ids = [user_id] if user_id is not None else self._due_users()
-        return erase_users(self._store, self._users, user_ids, job, message) if user_ids else None
+        if not user_ids and not is_repeated:
+            return None
+        return erase_users(self._store, self._users, user_ids, job, message, self.scrub_log)
 
     def has_users_to_erase(self) -> bool:
         """Whether a user was dropped longer than the grace time ago."""

@@ -142,6 +142,7 @@ def write_segment(
     batches: Iterable[pa.Table],
     *,
     row_group_rows_max: int,
+    compression: str = "zstd",
 ) -> SegmentRecord | None:
     """Write key-ordered batches as one segment, fsynced; None, and no file, when there are no rows.
 
@@ -155,7 +156,7 @@ def write_segment(
     with files.create(path) as raw:
         sink = _ChecksumFile(raw)
         collected: list[Any] = []
-        target, options = pa.PythonFile(sink, mode="w"), _writer_options(layout)
+        target, options = pa.PythonFile(sink, mode="w"), _writer_options(layout, compression)
         writer = pq.ParquetWriter(target, layout.schema, **options, metadata_collector=collected)
         try:
             for group in _row_groups(_chain(first, iterator), row_group_rows_max):
@@ -174,14 +175,14 @@ def _chain(first: pa.Table, rest: Iterator[pa.Table]) -> Iterator[pa.Table]:
     yield from rest
 
 
-def _writer_options(layout: Layout) -> dict[str, Any]:
+def _writer_options(layout: Layout, compression: str) -> dict[str, Any]:
     texts = [
         field.name
         for field in layout.schema
         if field.name != KEY and (pa.types.is_string(field.type) or pa.types.is_binary(field.type))
     ]
     return {
-        "compression": "zstd",
+        "compression": compression,
         "use_dictionary": texts,
         "column_encoding": {KEY: "DELTA_BYTE_ARRAY", SEQ: "DELTA_BINARY_PACKED"},
         "write_page_index": True,

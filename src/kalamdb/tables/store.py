@@ -57,6 +57,8 @@ class TableLimits:
 
     batch_rows_max: int = 4096
     row_group_rows_max: int = 65_536
+    segment_compression: str = "zstd"
+    """As pyarrow calls it."""
     segment_bytes_max: int = 128 << 20
     level0_segments_max: int = 5
     hot_bytes_max: int = 256 << 20

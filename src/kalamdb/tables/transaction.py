@@ -20,9 +20,7 @@ from kalamdb.storage import (
     Batch,
     Commit,
     ExpectationFailed,
-    JobFence,
-    JobInsert,
-    JobMove,
+    JobOp,
     RecordKind,
     RecordOp,
     RowOp,
@@ -69,7 +67,7 @@ def commit_groups(
     store: TableStore,
     groups: Sequence[ChangeGroup],
     *,
-    jobs: Sequence[JobInsert | JobMove | JobFence] = (),
+    jobs: Sequence[JobOp] = (),
 ) -> Commit | None:
     """Commit changes of any number of tables in one step, durable on return.
 
@@ -204,7 +202,7 @@ class Transaction:
         self._bytes = 0
         self._deadline_s = deadline_s
         self._overlays: dict[tuple[TableUid, Scope], Overlay] = {}
-        self.jobs: list[JobInsert | JobMove | JobFence] = []
+        self.jobs: list[JobOp] = []
         self.ended = False
 
     def check_open(self) -> None:

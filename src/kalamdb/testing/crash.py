@@ -215,10 +215,10 @@ class SteppedBackend:
         self._on_step("after removal of dead rows", None)
         return more
 
-    def purge(self, tables: Sequence[TableUid]) -> None:
+    def purge(self, tables: Sequence[TableUid], *, records: bool = False) -> None:
         """See StorageBackend."""
         self._on_step("before purge", None)
-        self.inner.purge(tables)
+        self.inner.purge(tables, records=records)
         self._on_step("after purge", None)
 
     def checkpoint(self, path: Path, pin: Callable[[], None]) -> AbstractContextManager[Snapshot]:

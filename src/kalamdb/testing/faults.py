@@ -122,10 +122,10 @@ class FlakyBackend:
         self.delay()
         return self.inner.checkpoint(path, pin)
 
-    def purge(self, tables: Sequence[TableUid]) -> None:
+    def purge(self, tables: Sequence[TableUid], *, records: bool = False) -> None:
         """See StorageBackend."""
         self.delay()
-        self.inner.purge(tables)
+        self.inner.purge(tables, records=records)
 
     def head(self) -> Seq:
         """See StorageBackend."""
@@ -232,6 +232,10 @@ class _FlakyJobs:
     def attempts(self, job_id: JobId) -> list[JobAttempt]:
         self._backend.delay()
         return self._inner.attempts(job_id)
+
+    def ended_naming(self, name: str) -> list[JobId]:
+        self._backend.delay()
+        return self._inner.ended_naming(name)
 
     def delete(self, job_ids: Sequence[JobId]) -> int:
         self._backend.delay()

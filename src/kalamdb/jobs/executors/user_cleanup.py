@@ -21,7 +21,7 @@ class UserCleanupParams(msgspec.Struct, frozen=True):
 
 
 class UserCleanupExecutor(MaintenanceExecutor[UserCleanupParams]):
-    """Erases users: rows of USER and STREAM tables in both tiers, then the record."""
+    """Erases users: rows of USER and STREAM tables in both tiers, what names them in ended jobs, the record."""
 
     job_type = "user_cleanup"
     prefix = "UC"
@@ -41,7 +41,9 @@ class UserCleanupExecutor(MaintenanceExecutor[UserCleanupParams]):
     def execute(self, ctx: JobContext[UserCleanupParams]) -> Outcome:
         assert ctx.services is not None
         try:
-            report = ctx.services.maintenance.erase_users(ctx.params.user_id, ctx, _message)
+            report = ctx.services.maintenance.erase_users(
+                ctx.params.user_id, ctx, _message, is_repeated=ctx.attempt > 1
+            )
         except TransactionConflict:
             return Snooze(_BUSY_S)
         return None if report is not None else Skipped("no dropped user is past the grace time")
