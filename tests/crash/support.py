@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from kalamdb.app_context import AppContext
-from kalamdb.clock import ulid
+from kalamdb.clock import SystemClock, ulid
 from kalamdb.config import Settings
 from kalamdb.database import Database
 from kalamdb.jobs.context import JobContext
@@ -107,6 +107,13 @@ class _Services:
     maintenance: Maintenance
 
 
+class _Standing(SystemClock):
+    """Seconds stand still, so that the commits of a job do not depend on how fast it is: progress is shown once."""
+
+    def monotonic_s(self) -> float:
+        return 0.0
+
+
 def run_job(context: AppContext, job_type: str, params: dict[str, Any]) -> None:
     """Create a job, claim it and run its executor in this thread."""
     insert = context.job_manager.prepare(JobRequest(job_type=job_type, params=params))
@@ -125,7 +132,7 @@ def run_waiting(context: AppContext) -> None:
         services = _Services(context.maintenance)
         endings = Endings(context.clock, JobSettings())
         job: JobContext[Any] = JobContext(
-            row, backend=backend, services=services, clock=context.clock, settings=JobSettings(),
+            row, backend=backend, services=services, clock=_Standing(), settings=JobSettings(),
             endings=endings, create=context.job_manager.create_job,
         )  # fmt: skip
         job.params = executor.decode(row.parameters)
