@@ -19,12 +19,13 @@ from kalamdb.jobs.manager import JobRequest
 from kalamdb.jobs.settings import JobSettings
 from kalamdb.sql.caller import Caller
 from kalamdb.storage import ABSENT, Batch, RecordKind, RecordOp, record_key
-from kalamdb.storage.jobs import Claim, JobMove, JobStatus
+from kalamdb.storage.jobs import Claim, JobMove, JobRow, JobStatus
 from kalamdb.tables.maintenance import Maintenance
 from kalamdb.tables.segments import IntentRecord, segment_path
 from kalamdb.types import Role, TableId
 
 USERS = ("ann", "bob")
+_AGE_MS = 2 * 3_600_000
 Contents = dict[tuple[str, str], dict[int, str]]
 """(table, user) -> id -> v; the user is '' in a shared table."""
 
@@ -81,10 +82,43 @@ def fill(context: AppContext) -> None:
     execute(context, "INSERT INTO app.d VALUES (9, 'hot')", "ann")
     while context.backend.remove_retired():
         pass
-    _litter(context)
+    litter(context)
 
 
-def _litter(context: AppContext) -> None:
+class EarlierClock(SystemClock):
+    """Two hours ago."""
+
+    def now_ms(self) -> int:
+        return super().now_ms() - _AGE_MS
+
+
+def fill_old(context: AppContext) -> None:
+    """Tables whose deleted and replaced rows lie in both tiers and both levels, and a stream."""
+    execute(context, "CREATE NAMESPACE app")
+    hourly = "WITH (DELETED_RETENTION_HOURS = 1)"
+    execute(context, f"CREATE USER TABLE app.t (id BIGINT PRIMARY KEY, v TEXT) {hourly}")
+    execute(context, f"CREATE SHARED TABLE app.s (id BIGINT PRIMARY KEY, v TEXT) {hourly}")
+    execute(context, "CREATE STREAM TABLE app.e (id BIGINT, v TEXT) WITH (TTL_SECONDS = 60)")
+    execute(context, "CREATE USER bob")
+    for user in ("ann", "bob"):
+        execute(context, "INSERT INTO app.t VALUES (1, 'a'), (2, 'b'), (3, 'c'), (4, 'd')", user)
+        execute(context, "INSERT INTO app.e VALUES (1, 'event')", user)
+    execute(context, "INSERT INTO app.s VALUES (1, 'a'), (2, 'b'), (3, 'c')")
+    for name in "ts":
+        run_job(context, "flush", {"table_id": f"app.{name}"})
+    run_job(context, "compact", {"table_id": "app.t"})
+    for user in ("ann", "bob"):
+        execute(context, "DELETE FROM app.t WHERE id = 1", user)
+        execute(context, "UPDATE app.t SET v = 'u' WHERE id = 2", user)
+    execute(context, "DELETE FROM app.s WHERE id = 1")
+    run_job(context, "flush", {"table_id": "app.t"})
+    execute(context, "DELETE FROM app.t WHERE id = 3", "ann")
+    execute(context, "UPDATE app.t SET v = 'hot' WHERE id = 4", "bob")
+    while context.backend.remove_retired():
+        pass
+
+
+def litter(context: AppContext) -> None:
     """What crashes leave: a file of a dead intent, an intent without a file, files that nothing names."""
     definition = context.catalog.require(TableId("app", "t")).definition
     for with_file in (True, False):
@@ -116,34 +150,54 @@ class _Standing(SystemClock):
 
 def run_job(context: AppContext, job_type: str, params: dict[str, Any]) -> None:
     """Create a job, claim it and run its executor in this thread."""
+    create_job(context, job_type, params)
+    run_waiting(context)
+
+
+def create_job(context: AppContext, job_type: str, params: dict[str, Any]) -> None:
+    """Create a job on parts that were not started."""
     insert = context.job_manager.prepare(JobRequest(job_type=job_type, params=params))
     context.backend.wait_durable(context.backend.commit(Batch(jobs=[insert])))
-    run_waiting(context)
+
+
+class Work:
+    """A claimed job, run and ended by whoever calls `run`."""
+
+    def __init__(self, context: AppContext, row: JobRow) -> None:
+        self.row = row
+        self._backend = context.backend
+        self._endings = Endings(context.clock, JobSettings())
+        self._executor = context.job_registry.get_or_error(row.job_type)
+        self.job: JobContext[Any] = JobContext(
+            row, backend=context.backend, services=_Services(context.maintenance), clock=_Standing(),
+            settings=JobSettings(), endings=self._endings, create=context.job_manager.create_job,
+        )  # fmt: skip
+        self.job.params = self._executor.decode(row.parameters)
+
+    def run(self) -> None:
+        """Execute, and record the end unless the executor did."""
+        outcome = self._executor.execute(self.job)
+        if not self.job.sealed:
+            ending = self._endings.of(self.row, outcome, None)
+            move = JobMove(self.row.job_id, JobStatus.RUNNING, self.row.lease_id, ending.changes, ending.events)
+            self._backend.wait_durable(self._backend.commit(Batch(jobs=[move])))
+
+
+def claim(context: AppContext) -> list[Work]:
+    """Claim all jobs that wait."""
+    claimed = context.backend.claim(Claim(limit=10, types=set(context.job_registry.job_types())))
+    assert claimed is not None
+    rows = {row.job_id: row for row in claimed.changed_jobs}
+    return [Work(context, rows[job_id]) for job_id in claimed.claimed]
 
 
 def run_waiting(context: AppContext) -> None:
     """Run all jobs that wait, in this thread."""
-    backend = context.backend
-    claimed = backend.claim(Claim(limit=10, types=set(context.job_registry.job_types())))
-    for job_id in claimed.claimed if claimed is not None else ():
-        row = backend.jobs.get(job_id)
-        assert row is not None
-        executor = context.job_registry.get_or_error(row.job_type)
-        services = _Services(context.maintenance)
-        endings = Endings(context.clock, JobSettings())
-        job: JobContext[Any] = JobContext(
-            row, backend=backend, services=services, clock=_Standing(), settings=JobSettings(),
-            endings=endings, create=context.job_manager.create_job,
-        )  # fmt: skip
-        job.params = executor.decode(row.parameters)
-        outcome = executor.execute(job)
-        if not job.sealed:
-            ending = endings.of(row, outcome, None)
-            move = JobMove(job_id, JobStatus.RUNNING, row.lease_id, ending.changes, ending.events)
-            backend.wait_durable(backend.commit(Batch(jobs=[move])))
-        ended = backend.jobs.get(job_id)
+    for work in claim(context):
+        work.run()
+        ended = context.backend.jobs.get(work.row.job_id)
         assert ended is not None
-        assert ended.status is JobStatus.COMPLETED, f"{job_id} is {ended.status}: {ended.message}"
+        assert ended.status is JobStatus.COMPLETED, f"{ended.job_id} is {ended.status}: {ended.message}"
 
 
 def settle(db: Database) -> None:

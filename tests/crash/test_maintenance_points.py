@@ -25,51 +25,17 @@ from kalamdb.storage.kv import KvBackend
 from kalamdb.testing.crash import DurableKv
 from kalamdb.types import TableId
 from tests.crash.attempts import Attempt, Image
-from tests.crash.support import Contents, contents, execute, judge, run_job, settings, settle
+from tests.crash.support import Contents, EarlierClock, contents, fill_old, judge, run_job, settings, settle
 
 _POINTS_MAX = 60
 _BACKUP_POINTS_MAX = 12
-_AGE_MS = 2 * 3_600_000
-
-
-class _EarlierClock(SystemClock):
-    """Two hours ago."""
-
-    def now_ms(self) -> int:
-        return super().now_ms() - _AGE_MS
-
-
-def fill_old(context: AppContext) -> None:
-    """Tables whose deleted and replaced rows lie in both tiers and both levels, and a stream."""
-    execute(context, "CREATE NAMESPACE app")
-    hourly = "WITH (DELETED_RETENTION_HOURS = 1)"
-    execute(context, f"CREATE USER TABLE app.t (id BIGINT PRIMARY KEY, v TEXT) {hourly}")
-    execute(context, f"CREATE SHARED TABLE app.s (id BIGINT PRIMARY KEY, v TEXT) {hourly}")
-    execute(context, "CREATE STREAM TABLE app.e (id BIGINT, v TEXT) WITH (TTL_SECONDS = 60)")
-    execute(context, "CREATE USER bob")
-    for user in ("ann", "bob"):
-        execute(context, "INSERT INTO app.t VALUES (1, 'a'), (2, 'b'), (3, 'c'), (4, 'd')", user)
-        execute(context, "INSERT INTO app.e VALUES (1, 'event')", user)
-    execute(context, "INSERT INTO app.s VALUES (1, 'a'), (2, 'b'), (3, 'c')")
-    for name in "ts":
-        run_job(context, "flush", {"table_id": f"app.{name}"})
-    run_job(context, "compact", {"table_id": "app.t"})
-    for user in ("ann", "bob"):
-        execute(context, "DELETE FROM app.t WHERE id = 1", user)
-        execute(context, "UPDATE app.t SET v = 'u' WHERE id = 2", user)
-    execute(context, "DELETE FROM app.s WHERE id = 1")
-    run_job(context, "flush", {"table_id": "app.t"})
-    execute(context, "DELETE FROM app.t WHERE id = 3", "ann")
-    execute(context, "UPDATE app.t SET v = 'hot' WHERE id = 4", "bob")
-    while context.backend.remove_retired():
-        pass
 
 
 @pytest.fixture(scope="module")
 def image(tmp_path_factory: pytest.TempPathFactory) -> Image:
     root, kv = tmp_path_factory.mktemp("image") / "segments", DurableKv()
     root.mkdir()
-    clock = _EarlierClock()
+    clock = EarlierClock()
     context = AppContext(None, settings(), clock=clock, backend=KvBackend(kv, clock), root=root)
     fill_old(context)
     context.stop()

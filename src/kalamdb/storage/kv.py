@@ -318,12 +318,13 @@ class KvBackend:
             known = self._known_outcome(batch.idempotency_key)
             if known is not None:
                 return known
+            # A lease that is gone is the first reason to refuse: what else does not hold follows from it.
+            staged = prepared or self._jobs.stage(batch.jobs, claim)
             row_keys = _stored_keys(batch.rows)
             found = self._check(batch, row_keys)
             first = max(seq_at_ms(self._clock.now_ms()) | self._node_bits, self._last + 1)
             seqs = range(first, first + len(batch.rows))
             seq = max(first, first + len(batch.rows) + batch.reserve - 1)
-            staged = prepared or self._jobs.stage(batch.jobs, claim)
             if claim is not None and staged.is_empty and batch.is_empty():
                 return Commit(self._last, (), ())
             writes: list[Write] = staged.writes

@@ -1,0 +1,203 @@
+"""Workers whose lease went while they stood still: nothing that they do afterwards counts.
+
+In one process a worker is held before each commit of its executor, a second one finishes the job, then the
+first goes on. The test takes the lease in the store only, so that it is the store that refuses, whatever
+the context of the first knows.
+"""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kalamdb.app_context import AppContext
+from kalamdb.check import check_database
+from kalamdb.clock import SystemClock
+from kalamdb.errors import LeaseLost
+from kalamdb.storage import Batch
+from kalamdb.storage.jobs import AttemptOutcome, JobMove, JobStatus
+from kalamdb.storage.kv import KvBackend
+from kalamdb.testing.crash import DurableKv, SteppedBackend, SteppedFiles
+from tests.crash.attempts import Image
+from tests.crash.support import (
+    EarlierClock,
+    Work,
+    claim,
+    contents,
+    create_job,
+    execute,
+    fill_old,
+    litter,
+    run_job,
+    settings,
+)
+from tests.jobs.conftest import WAIT_S
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> Image:
+    """Something to do for each executor."""
+    root, kv = tmp_path_factory.mktemp("image") / "segments", DurableKv()
+    root.mkdir()
+    clock = EarlierClock()
+    context = AppContext(None, settings(), clock=clock, backend=KvBackend(kv, clock), root=root)
+    fill_old(context)
+    execute(context, "CREATE USER TABLE app.d (id BIGINT PRIMARY KEY, v TEXT)")
+    execute(context, "INSERT INTO app.d VALUES (1, 'cold')", "ann")
+    run_job(context, "flush", {"table_id": "app.d"})
+    litter(context)
+    context.stop()
+    return Image(kv, root)
+
+
+class HeldThread:
+    """Runs work in a thread and holds it before its commit number `at`, from 0."""
+
+    def __init__(self, at: int) -> None:
+        self._at = at
+        self._commits = 0
+        self._stopped, self._go = threading.Event(), threading.Event()
+        self._thread: threading.Thread | None = None
+        self.is_held = False
+        self.step = ""
+        self.late: list[str] = []
+        """Commits that were accepted after the worker was released."""
+        self.error: BaseException | None = None
+
+    def __call__(self, point: str, path: Path | None) -> None:
+        """See OnStep."""
+        if threading.current_thread() is not self._thread:
+            return
+        if self._go.is_set() and point.startswith("after commit"):
+            self.late.append(point)
+        if point.startswith("before commit"):
+            self._commits += 1
+            if self._commits == self._at + 1:
+                self.is_held, self.step = True, point
+                self._stopped.set()
+                assert self._go.wait(WAIT_S)
+
+    def start(self, work: Work) -> None:
+        """Run until the hold or the end."""
+
+        def run() -> None:
+            try:
+                work.run()
+            except BaseException as exc:
+                self.error = exc
+            self._stopped.set()
+
+        self._thread = threading.Thread(target=run, daemon=True)
+        self._thread.start()
+        assert self._stopped.wait(WAIT_S)
+
+    def release(self) -> None:
+        """Let it go on to its end."""
+        self._go.set()
+        assert self._thread is not None
+        self._thread.join(WAIT_S)
+        assert not self._thread.is_alive()
+
+
+class Trial:
+    """A copy of the image in which one worker is held."""
+
+    def __init__(self, image: Image, folder: Path, create: Callable[[AppContext], None], at: int) -> None:
+        root = folder / "segments"
+        shutil.copytree(image.root, root)
+        self.held = HeldThread(at)
+        backend = SteppedBackend(KvBackend(image.kv.copy(synced_only=False), SystemClock()), self.held)
+        self.context = AppContext(None, settings(), backend=backend, operations=SteppedFiles(self.held), root=root)
+        create(self.context)
+        [self.first] = claim(self.context)
+        self.held.start(self.first)
+
+    def revoke(self) -> None:
+        """The job waits again; the first worker hears nothing of it."""
+        row = self.first.row
+        changes = {"status": JobStatus.QUEUED, "outcome": AttemptOutcome.INTERRUPTED}
+        self.context.backend.commit(Batch(jobs=[JobMove(row.job_id, JobStatus.RUNNING, row.lease_id, changes)]))
+
+    def state(self) -> dict[str, Any]:
+        """Rows, segment records, the job with its history and attempts, users."""
+        context = self.context
+        jobs, job_id = context.backend.jobs, self.first.row.job_id
+        segments = {
+            str(entry.definition.table_id): [one.record for one in context.store.state(entry.definition.uid).segments]
+            for entry in context.catalog.tables()
+        }
+        return {
+            "rows": contents(context),
+            "deleted": sorted(execute(context, "SELECT id FROM app.t WHERE _deleted", "ann")),
+            "segments": segments,
+            "job": jobs.get(job_id),
+            "events": list(jobs.events(job_id)),
+            "attempts": jobs.attempts(job_id),
+            "users": list(context.users.all()),
+        }
+
+    def judge(self) -> None:
+        """After a sweep no file is there that no record names, and everything fits together."""
+        run_job(self.context, "cleanup", {"operation": "sweep"})
+        report = check_database(self.context.store)
+        assert report.problems == []
+        assert (report.strays, report.intents, report.dropped) == (0, 0, 0)
+
+
+def backups(context: AppContext) -> Path:
+    return context.store.root.parent / "backups"
+
+
+CREATE: dict[str, Callable[[AppContext], object]] = {
+    "flush": lambda context: create_job(context, "flush", {"table_id": "app.t"}),
+    "compact": lambda context: create_job(context, "compact", {"table_id": "app.t"}),
+    "drop": lambda context: execute(context, "DROP TABLE app.d"),
+    "sweep": lambda context: create_job(context, "cleanup", {"operation": "sweep"}),
+    "retention": lambda context: create_job(context, "retention", {}),
+    "stream_eviction": lambda context: create_job(context, "stream_eviction", {}),
+    "user_cleanup": lambda context: execute(context, "PURGE USER bob"),
+    "backup": lambda context: create_job(context, "backup", {"path": str(backups(context))}),
+}
+
+
+@pytest.mark.parametrize("name", CREATE)
+def test_nothing_that_a_stale_worker_does_counts(
+    image: Image, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps = []
+    for at in range(60):
+        trial = Trial(image, tmp_path / str(at), CREATE[name], at)
+        if not trial.held.is_held:
+            assert trial.held.error is None
+            break
+        steps.append(trial.held.step.removeprefix("before commit of the "))
+        trial.revoke()
+        [second] = claim(trial.context)
+        second.run()
+        if name == "user_cleanup":
+            # The name is free again: what a new user of that name writes is not the first worker's to erase.
+            execute(trial.context, "INSERT INTO app.t VALUES (77, 'new')", "bob")
+        before = trial.state()
+        assert (before["job"].status, before["job"].attempt) == ("completed", 2), steps
+        trial.held.release()
+        assert isinstance(trial.held.error, LeaseLost), (steps, trial.held.error)
+        # It may still take back the name that it alone had announced.
+        assert set(trial.held.late) <= {"after commit of the un-naming"}, steps
+        assert trial.state() == before, steps
+        trial.judge()
+        if name == "backup":
+            # Held before the job's own end the first worker's backup was complete already, and stays one.
+            made = trial.context.backups.entries(str(backups(trial.context)))
+            assert 1 <= len(made) <= 2
+            for entry in made:
+                trial.context.backups.verify(f"{backups(trial.context)}/{entry.backup_id}")
+        trial.context.stop()
+        shutil.rmtree(tmp_path / str(at))
+    assert steps
+    with capsys.disabled():
+        print(f"\n{name}: held before {len(steps)} commits: {', '.join(steps)}")
