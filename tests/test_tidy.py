@@ -34,7 +34,9 @@ def tracked() -> list[Path]:
         found = [ROOT / line for line in listed.stdout.splitlines()]
     else:
         found = [
-            path for name in ("src", "tests", "demo", "examples", "soak", "bench", "docs") for path in (ROOT / name).rglob("*")
+            path
+            for name in ("src", "tests", "demo", "examples", "soak", "bench", "docs")
+            for path in (ROOT / name).rglob("*")
         ]
         found += list(ROOT.glob("*"))
     return [path for path in found if path.is_file() and ".venv" not in path.parts]

@@ -1,11 +1,13 @@
-"""Workers that do nothing by themselves: a test decides when an attempt ends, and with what."""
+"""Workers that a test holds: at their checks, or for good until the test says how an attempt ends."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
+from kalamdb.jobs.context import JobContext
 from kalamdb.jobs.model import Outcome
-from kalamdb.jobs.workers import Attempt, Finished
+from kalamdb.jobs.workers import Attempt, Finished, ThreadWorkers
 
 
 class HeldWorkers:
@@ -29,3 +31,33 @@ class HeldWorkers:
 
     def stop(self) -> None:
         """See Workers."""
+
+
+OnCheck = Callable[[JobContext[Any]], None]
+"""Called in the thread of an attempt before each of its checks."""
+
+
+class _Watched(JobContext[Any]):
+    """The context of an attempt, seen from inside: one state, and checks that are announced."""
+
+    def __init__(self, inner: JobContext[Any], on_check: OnCheck) -> None:
+        self.__dict__ = inner.__dict__
+        self._on_check = on_check
+
+    def check(self) -> None:
+        self._on_check(self)
+        super().check()
+
+
+class WatchedWorkers(ThreadWorkers):
+    """Threads whose attempts announce each check. Give `partial(WatchedWorkers, on_check)` as `workers`."""
+
+    def __init__(self, on_check: OnCheck, finished: Finished) -> None:
+        super().__init__(finished)
+        self._on_check = on_check
+
+    def submit(self, attempts: Sequence[Attempt]) -> None:
+        """See Workers."""
+        for attempt in attempts:
+            attempt.context = _Watched(attempt.context, self._on_check)
+        super().submit(attempts)
