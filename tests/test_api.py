@@ -175,7 +175,7 @@ def test_what_a_row_does_not_name_takes_its_default(db: Database) -> None:
         ([{"v": "x"}], "column 'id' cannot be NULL"),
         ([{"id": 1, "n": -1}], "CHECK constraint"),
         ([(1, "a"), (2,)], "row 2 of the data has 1 values"),
-        ([(1, 2, 3, 4, 5, 6)], "at most 5"),
+        ([(1, 2, 3, 4, 5, 6)], "of 1 to 5"),
         ([{"id": 1}, (2,)], "row 2 of the data is a tuple"),
         ([1, 2], "row 1 of the data is a int"),
         ("text", "data of type str cannot be inserted"),

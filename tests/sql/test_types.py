@@ -239,10 +239,10 @@ def test_parameters_stand_for_values_of_every_type(db: Database) -> None:
     assert rows(db, "SELECT '$1 ? :a', $1 -- ? $2 :b", ["v"]) == [("$1 ? :a", "v")]
     for sql, params, message in (
         ("SELECT $2", [1], "there are 1 parameters"),
-        ("SELECT $1", None, "needs params as a sequence"),
-        ("SELECT $1", {"a": 1}, "needs params as a sequence"),
-        ("SELECT $1", "text", "needs params as a sequence"),
-        ("SELECT :a", [1], "needs params as a mapping"),
+        ("SELECT $1", None, "params must be a list or tuple"),
+        ("SELECT $1", {"a": 1}, "params must be a list or tuple"),
+        ("SELECT $1", "text", "a list or tuple for $1"),
+        ("SELECT :a", [1], "params must be a dict"),
         ("SELECT :a", {"b": 1}, "parameter :a was not given"),
         ("SELECT $1", [object()], "has no SQL form"),
     ):
