@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,9 @@ from kalamdb.app_context import AppContext
 from kalamdb.clock import SystemClock
 from kalamdb.storage.kv import KvBackend
 from kalamdb.testing.crash import DurableFiles, DurableKv, SteppedBackend, SteppedFiles, StopAt, Stopped
-from tests.crash.support import Contents, Operation, contents, settings
+from tests.crash.support import Contents, EarlierClock, Operation, Work, contents, settings
+
+_WAIT_S = 20.0
 
 
 class Image:
@@ -19,6 +22,16 @@ class Image:
     def __init__(self, kv: DurableKv, root: Path) -> None:
         self.kv = kv
         self.root = root
+
+
+def old_image(folder: Path, fill: Operation) -> Image:
+    """A database at rest that was filled two hours ago."""
+    root, kv, clock = folder / "segments", DurableKv(), EarlierClock()
+    root.mkdir()
+    context = AppContext(None, settings(), clock=clock, backend=KvBackend(kv, clock), root=root)
+    fill(context)
+    context.stop()
+    return Image(kv, root)
 
 
 class Attempt:
@@ -65,3 +78,52 @@ class Attempt:
                     known.append(left)
                     name = f"store {'synced' if kv_synced else 'all'}, files {'synced' if files_synced else 'all'}"
                     yield name, kv, root
+
+
+class HeldThread:
+    """Runs work in a thread and holds it before its commit number `at`, from 0."""
+
+    def __init__(self, at: int) -> None:
+        self._at = at
+        self._commits = 0
+        self._stopped, self._go = threading.Event(), threading.Event()
+        self._thread: threading.Thread | None = None
+        self.is_held = False
+        self.step = ""
+        self.late: list[str] = []
+        """Commits that were accepted after the worker was released."""
+        self.error: BaseException | None = None
+
+    def __call__(self, point: str, path: Path | None) -> None:
+        """See OnStep."""
+        if threading.current_thread() is not self._thread:
+            return
+        if self._go.is_set() and point.startswith("after commit"):
+            self.late.append(point)
+        if point.startswith("before commit"):
+            self._commits += 1
+            if self._commits == self._at + 1:
+                self.is_held, self.step = True, point
+                self._stopped.set()
+                assert self._go.wait(_WAIT_S)
+
+    def start(self, work: Work) -> None:
+        """Run until the hold or the end."""
+
+        def run() -> None:
+            try:
+                work.run()
+            except BaseException as exc:
+                self.error = exc
+            self._stopped.set()
+
+        self._thread = threading.Thread(target=run, daemon=True)
+        self._thread.start()
+        assert self._stopped.wait(_WAIT_S)
+
+    def release(self) -> None:
+        """Let it go on to its end."""
+        self._go.set()
+        assert self._thread is not None
+        self._thread.join(_WAIT_S)
+        assert not self._thread.is_alive()

@@ -118,6 +118,15 @@ def fill_old(context: AppContext) -> None:
         pass
 
 
+def fill_for_all(context: AppContext) -> None:
+    """Something to do for each built-in executor."""
+    fill_old(context)
+    execute(context, "CREATE USER TABLE app.d (id BIGINT PRIMARY KEY, v TEXT)")
+    execute(context, "INSERT INTO app.d VALUES (1, 'cold')", "ann")
+    run_job(context, "flush", {"table_id": "app.d"})
+    litter(context)
+
+
 def litter(context: AppContext) -> None:
     """What crashes leave: a file of a dead intent, an intent without a file, files that nothing names."""
     definition = context.catalog.require(TableId("app", "t")).definition

@@ -24,8 +24,8 @@ from kalamdb.storage.jobs import JobStatus
 from kalamdb.storage.kv import KvBackend
 from kalamdb.testing.crash import DurableKv
 from kalamdb.types import TableId
-from tests.crash.attempts import Attempt, Image
-from tests.crash.support import Contents, EarlierClock, contents, fill_old, judge, run_job, settings, settle
+from tests.crash.attempts import Attempt, Image, old_image
+from tests.crash.support import Contents, contents, fill_old, judge, run_job, settings, settle
 
 _POINTS_MAX = 60
 _BACKUP_POINTS_MAX = 12
@@ -33,13 +33,7 @@ _BACKUP_POINTS_MAX = 12
 
 @pytest.fixture(scope="module")
 def image(tmp_path_factory: pytest.TempPathFactory) -> Image:
-    root, kv = tmp_path_factory.mktemp("image") / "segments", DurableKv()
-    root.mkdir()
-    clock = EarlierClock()
-    context = AppContext(None, settings(), clock=clock, backend=KvBackend(kv, clock), root=root)
-    fill_old(context)
-    context.stop()
-    return Image(kv, root)
+    return old_image(tmp_path_factory.mktemp("image"), fill_old)
 
 
 def backups_of(context: AppContext) -> Path:

@@ -39,6 +39,22 @@ class Gate:
             assert self.entered.acquire(timeout=WAIT_S)
 
 
+class Checks:
+    """Holds the attempt at its check number `at`, from 0, until it is asked to stop; counts the others."""
+
+    def __init__(self, at: int | None = None) -> None:
+        self._at = at
+        self.count = 0
+        self.held = threading.Event()
+
+    def __call__(self, ctx: JobContext[Any]) -> None:
+        """See `kalamdb.testing.workers.OnCheck`."""
+        if self.count == self._at and not self.held.is_set():
+            self.held.set()
+            until(lambda: ctx.cancelled)
+        self.count += 1
+
+
 class World:
     """A store and its managers."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,56 +18,25 @@ from kalamdb.errors import LeaseLost
 from kalamdb.jobs import Job, JobContext
 from kalamdb.storage.kv import KvBackend
 from kalamdb.testing.clock import SimulatedClock
-from kalamdb.testing.crash import DurableKv
 from kalamdb.testing.workers import WatchedWorkers
-from tests.crash.attempts import Image
+from tests.crash.attempts import Image, old_image
 from tests.crash.support import (
-    EarlierClock,
     contents,
-    execute,
-    fill_old,
+    fill_for_all,
     judge,
-    litter,
-    run_job,
     settings,
     settle,
 )
-from tests.jobs.conftest import WAIT_S, Gate, until
+from tests.jobs.conftest import WAIT_S, Checks, Gate, until
 
 _TIMEOUT_S = 5
 ACTIONS = ("cancel", "timeout", "pause", "stop")
 
 
-class Checks:
-    """Holds the attempt at its check number `at`, from 0, until it is asked to stop; counts the others."""
-
-    def __init__(self, at: int | None = None) -> None:
-        self._at = at
-        self.count = 0
-        self.held = threading.Event()
-
-    def __call__(self, ctx: JobContext[Any]) -> None:
-        """See OnCheck."""
-        if self.count == self._at and not self.held.is_set():
-            self.held.set()
-            until(lambda: ctx.cancelled)
-        self.count += 1
-
-
 @pytest.fixture(scope="module")
 def image(tmp_path_factory: pytest.TempPathFactory) -> Image:
     """Something to do for each executor."""
-    root, kv = tmp_path_factory.mktemp("image") / "segments", DurableKv()
-    root.mkdir()
-    clock = EarlierClock()
-    context = AppContext(None, settings(), clock=clock, backend=KvBackend(kv, clock), root=root)
-    fill_old(context)
-    execute(context, "CREATE USER TABLE app.d (id BIGINT PRIMARY KEY, v TEXT)")
-    execute(context, "INSERT INTO app.d VALUES (1, 'cold')", "ann")
-    run_job(context, "flush", {"table_id": "app.d"})
-    litter(context)
-    context.stop()
-    return Image(kv, root)
+    return old_image(tmp_path_factory.mktemp("image"), fill_for_all)
 
 
 class World:

@@ -8,7 +8,6 @@ the context of the first knows.
 from __future__ import annotations
 
 import shutil
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,86 +21,23 @@ from kalamdb.errors import LeaseLost
 from kalamdb.storage import Batch
 from kalamdb.storage.jobs import AttemptOutcome, JobMove, JobStatus
 from kalamdb.storage.kv import KvBackend
-from kalamdb.testing.crash import DurableKv, SteppedBackend, SteppedFiles
-from tests.crash.attempts import Image
+from kalamdb.testing.crash import SteppedBackend, SteppedFiles
+from tests.crash.attempts import HeldThread, Image, old_image
 from tests.crash.support import (
-    EarlierClock,
-    Work,
     claim,
     contents,
     create_job,
     execute,
-    fill_old,
-    litter,
+    fill_for_all,
     run_job,
     settings,
 )
-from tests.jobs.conftest import WAIT_S
 
 
 @pytest.fixture(scope="module")
 def image(tmp_path_factory: pytest.TempPathFactory) -> Image:
     """Something to do for each executor."""
-    root, kv = tmp_path_factory.mktemp("image") / "segments", DurableKv()
-    root.mkdir()
-    clock = EarlierClock()
-    context = AppContext(None, settings(), clock=clock, backend=KvBackend(kv, clock), root=root)
-    fill_old(context)
-    execute(context, "CREATE USER TABLE app.d (id BIGINT PRIMARY KEY, v TEXT)")
-    execute(context, "INSERT INTO app.d VALUES (1, 'cold')", "ann")
-    run_job(context, "flush", {"table_id": "app.d"})
-    litter(context)
-    context.stop()
-    return Image(kv, root)
-
-
-class HeldThread:
-    """Runs work in a thread and holds it before its commit number `at`, from 0."""
-
-    def __init__(self, at: int) -> None:
-        self._at = at
-        self._commits = 0
-        self._stopped, self._go = threading.Event(), threading.Event()
-        self._thread: threading.Thread | None = None
-        self.is_held = False
-        self.step = ""
-        self.late: list[str] = []
-        """Commits that were accepted after the worker was released."""
-        self.error: BaseException | None = None
-
-    def __call__(self, point: str, path: Path | None) -> None:
-        """See OnStep."""
-        if threading.current_thread() is not self._thread:
-            return
-        if self._go.is_set() and point.startswith("after commit"):
-            self.late.append(point)
-        if point.startswith("before commit"):
-            self._commits += 1
-            if self._commits == self._at + 1:
-                self.is_held, self.step = True, point
-                self._stopped.set()
-                assert self._go.wait(WAIT_S)
-
-    def start(self, work: Work) -> None:
-        """Run until the hold or the end."""
-
-        def run() -> None:
-            try:
-                work.run()
-            except BaseException as exc:
-                self.error = exc
-            self._stopped.set()
-
-        self._thread = threading.Thread(target=run, daemon=True)
-        self._thread.start()
-        assert self._stopped.wait(WAIT_S)
-
-    def release(self) -> None:
-        """Let it go on to its end."""
-        self._go.set()
-        assert self._thread is not None
-        self._thread.join(WAIT_S)
-        assert not self._thread.is_alive()
+    return old_image(tmp_path_factory.mktemp("image"), fill_for_all)
 
 
 class Trial:
