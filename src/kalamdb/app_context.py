@@ -115,8 +115,6 @@ class AppContext:
             self.probation = None if self.directory is None else self._make_probation(self.directory)
             self.job_registry = self._registry()
             self._job_manager = self._make_jobs(path)
-            if self._job_manager.log is not None:
-                self.maintenance.scrub_log = self._job_manager.log.scrub
             self.schedules = JobSchedules(
                 self.backend, self._job_manager, self.clock, misfire_grace_s=settings["jobs.misfire_grace_s"]
             )
@@ -130,18 +128,22 @@ class AppContext:
             )  # fmt: skip
             for table in self._introspection.tables():
                 self.system_tables.register(table)
-            self.schedulers = Schedulers(
-                self.maintenance, self._job_manager, self.clock,
-                flush_enabled=settings["flush.scheduler_enabled"], compaction_enabled=settings["compaction.enabled"],
-                rows_default=settings["flush.default_row_limit"],
-                interval_default_s=settings["flush.default_time_interval"],
-                check_interval_s=settings["flush.check_interval_seconds"],
-            )  # fmt: skip
+            self.schedulers = self._make_schedulers()
             self.store.pressure = self.schedulers.press
             self._remover = Loop("removal", lambda: self.backend.remove_retired(), _REMOVAL_INTERVAL_S, self.clock)
             # A table that is quiet right after its flush is emptied by one range delete instead of row by row.
             self.backend.observe(lambda batch, _: self._remover.wake() if batch.retire else None)
             stack.pop_all()
+
+    def _make_schedulers(self) -> Schedulers:
+        settings = self.settings
+        return Schedulers(
+            self.maintenance, self._job_manager, self.clock,
+            flush_enabled=settings["flush.scheduler_enabled"], compaction_enabled=settings["compaction.enabled"],
+            rows_default=settings["flush.default_row_limit"],
+            interval_default_s=settings["flush.default_time_interval"],
+            check_interval_s=settings["flush.check_interval_seconds"],
+        )  # fmt: skip
 
     def _enter_generation(self, directory: DataDirectory) -> None:
         """Take over the restored generation that waits, if one does, and remove what nobody needs."""
@@ -255,6 +257,8 @@ class AppContext:
                 bytes_max=job_settings.log_bytes_max,
                 files_max=job_settings.log_files_max,
             )
+        if log is not None:
+            self.maintenance.scrub_log = log.scrub
         return UnifiedJobManager(
             self.backend, self.job_registry, self.clock, job_settings, log=log, resolve_table=self.maintenance.resolve,
             workers=self._workers,

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from heapq import merge, nlargest, nsmallest
 from itertools import islice
 from typing import Any, Final, Protocol
 
@@ -21,6 +20,7 @@ from kalamdb.errors import IdempotencyConflict, Internal, InvalidRequest
 from kalamdb.storage import Batch, Commit, Fenced
 from kalamdb.storage import job_keys as jk
 from kalamdb.storage.job_lanes import Lane, WaitingJobs
+from kalamdb.storage.job_query import candidates, in_order, matches
 from kalamdb.storage.job_scrub import Scrubber
 from kalamdb.storage.jobs import (
     LEGAL_MOVES,
@@ -587,11 +587,11 @@ class JobIndex:
             self._check_open()
             view, floors, totals = self._kv.snapshot(), dict(self._floors), Counter(self._totals)
         try:
-            candidates = _candidates(view, wanted, floors, totals)
-            found = (row for row in self._rows_of(view, candidates) if _matches(row, wanted))
+            chosen = candidates(view, wanted, floors, totals)
+            found = (row for row in self._rows_of(view, chosen) if matches(row, wanted))
             if wanted.sort_by == "created_at":
                 return list(islice(found, wanted.limit))
-            return _sorted(found, wanted)
+            return in_order(found, wanted)
         finally:
             view.close()
 
@@ -660,48 +660,6 @@ class JobIndex:
             for event in jk.unpack_events(job_id, jk.NUMBER.unpack(key[-8:])[0], value):
                 if event.number > after:
                     yield event
-
-
-def _candidates(
-    view: KvReader, wanted: JobFilter, floors: Mapping[JobStatus, bytes], totals: Mapping[JobStatus, int]
-) -> Iterator[JobId]:
-    """Ids from the status index, by created_at and id."""
-    statuses = JobStatus if wanted.statuses is None else wanted.statuses
-    low = jk.NUMBER.pack(max(wanted.created_after or 0, 0))
-    high = None if wanted.created_before is None else jk.NUMBER.pack(max(wanted.created_before, 0))
-    streams = []
-    for status in statuses:
-        prefix = jk.STATUS + jk.STATUS_BYTE[status]
-        end = jk.after(prefix) if high is None else prefix + high
-        start = max(prefix + low, floors[status])
-        scan = view.scan(start, max(start, end), reverse=wanted.descending, limit=totals[status])
-        streams.append(key[2:] for key, _ in scan)
-    for key in merge(*streams, reverse=wanted.descending):
-        yield JobId(key[jk.STATUS_KEY_BYTES - 2 :].decode())
-
-
-def _matches(row: JobRow, wanted: JobFilter) -> bool:
-    return (
-        (wanted.job_type is None or row.job_type == wanted.job_type)
-        and (wanted.queue is None or row.queue == wanted.queue)
-        and (wanted.idempotency_key is None or row.idempotency_key == wanted.idempotency_key)
-        and (wanted.table_uid is None or row.table_uid == wanted.table_uid)
-    )
-
-
-def _sorted(rows: Iterator[JobRow], wanted: JobFilter) -> list[JobRow]:
-    """By a column that no index has; keeps no more rows than are wanted."""
-
-    def order(row: JobRow) -> tuple[bool, Any, JobId]:
-        value = getattr(row, wanted.sort_by)
-        return value is not None, 0 if value is None else value, row.job_id
-
-    try:
-        if wanted.limit is None:
-            return sorted(rows, key=order, reverse=wanted.descending)
-        return (nlargest if wanted.descending else nsmallest)(wanted.limit, rows, key=order)
-    except TypeError:
-        raise InvalidRequest(f"jobs cannot be sorted by '{wanted.sort_by}'") from None
 
 
 def _fenced(job_id: JobId, stored: JobRow | None) -> Fenced:
