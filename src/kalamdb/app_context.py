@@ -87,30 +87,8 @@ class AppContext:
         self._stopping = threading.Lock()
         self._stopped = False
         with ExitStack() as stack:
-            self.directory = None if path is None else DataDirectory.open(path, self.clock, operations)
-            if self.directory is not None:
-                stack.callback(self.directory.close)
-            self.backend = backend or self._open_backend()
-            stack.callback(lambda: self.backend.close())
-            if self.directory is not None:
-                self._enter_generation(self.directory)
-                root = self.directory.generation.segments
-            assert root is not None
-            files = LocalFiles(root, operations)
-            self.catalog = Catalog(self.backend, self.clock)
-            self.catalog.start()
-            self.store = TableStore(self.backend, self.catalog, files, self.clock, root, self._table_limits())
-            self.store.start()
-            self.users = Users(
-                self.backend,
-                self.clock,
-                bcrypt_cost=settings["auth.bcrypt_cost"],
-                enforce_complexity=settings["auth.enforce_password_complexity"],
-            )
-            self.users.start()
-            self.maintenance = Maintenance(
-                self.store, self.users, deletion_grace_period_days=settings["deletion_grace_period_days"]
-            )
+            root = self._open_store(path, root, backend, operations, stack)
+            self._make_tables(LocalFiles(root, operations), root)
             self.backups = self._make_backups(root, operations)
             self.probation = None if self.directory is None else self._make_probation(self.directory)
             self.job_registry = self._registry()
@@ -134,6 +112,43 @@ class AppContext:
             # A table that is quiet right after its flush is emptied by one range delete instead of row by row.
             self.backend.observe(lambda batch, _: self._remover.wake() if batch.retire else None)
             stack.pop_all()
+
+    def _open_store(
+        self,
+        path: Path | None,
+        root: Path | None,
+        backend: StorageBackend | None,
+        operations: FileOps | None,
+        stack: ExitStack,
+    ) -> Path:
+        """Hold the directory, open the store; the folder of the segments."""
+        self.directory = None if path is None else DataDirectory.open(path, self.clock, operations)
+        if self.directory is not None:
+            stack.callback(self.directory.close)
+        self.backend = backend or self._open_backend()
+        stack.callback(lambda: self.backend.close())
+        if self.directory is not None:
+            self._enter_generation(self.directory)
+            root = self.directory.generation.segments
+        assert root is not None
+        return root
+
+    def _make_tables(self, files: LocalFiles, root: Path) -> None:
+        settings = self.settings
+        self.catalog = Catalog(self.backend, self.clock)
+        self.catalog.start()
+        self.store = TableStore(self.backend, self.catalog, files, self.clock, root, self._table_limits())
+        self.store.start()
+        self.users = Users(
+            self.backend,
+            self.clock,
+            bcrypt_cost=settings["auth.bcrypt_cost"],
+            enforce_complexity=settings["auth.enforce_password_complexity"],
+        )
+        self.users.start()
+        self.maintenance = Maintenance(
+            self.store, self.users, deletion_grace_period_days=settings["deletion_grace_period_days"]
+        )
 
     def _make_schedulers(self) -> Schedulers:
         settings = self.settings
