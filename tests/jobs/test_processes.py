@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 from typing import Any
 
@@ -177,3 +179,25 @@ def test_threads_are_free_while_a_process_works(world: World) -> None:
     manager.create_job("here")
     assert ran.wait(WAIT_S)
     manager.cancel_job(busy.id)
+
+
+ORPHAN = """
+import os
+import kalamdb
+from tests.jobs import in_process
+from tests.jobs.test_processes import pid_of
+
+db = kalamdb.connect(":memory:")
+db.jobs.executor("stand", prefix="SA", run_in="process")(in_process.stand)
+print(pid_of(db.jobs.create_job("stand")), flush=True)
+os._exit(9)
+"""
+
+
+def test_a_process_ends_when_that_of_the_database_dies() -> None:
+    died = subprocess.run(
+        [sys.executable, "-c", ORPHAN], stdout=subprocess.PIPE, text=True, timeout=WAIT_S, check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    assert died.returncode == 9
+    until(lambda: not is_alive(int(died.stdout)))
