@@ -15,6 +15,9 @@ from kalamdb.jobs.executors.cleanup import CleanupExecutor
 from kalamdb.jobs.executors.compact import CompactExecutor
 from kalamdb.jobs.executors.flush import FlushExecutor
 from kalamdb.jobs.executors.restore import RestoreExecutor
+from kalamdb.jobs.executors.retention import RetentionExecutor
+from kalamdb.jobs.executors.stream_eviction import StreamEvictionExecutor
+from kalamdb.jobs.executors.user_cleanup import UserCleanupExecutor
 
 SOURCE = Path(kalamdb.__file__).parent
 REPLACED = ("TokioJobManager", "KalamSql", "class JobManager")
@@ -34,8 +37,12 @@ def test_the_context_hands_out_the_one_job_manager_with_a_registry_of_executors(
         assert type(context.job_manager) is UnifiedJobManager
         assert type(context.job_registry) is JobRegistry
         assert context.job_manager.registry is context.job_registry
-        kinds = (FlushExecutor, CompactExecutor, CleanupExecutor, BackupExecutor, RestoreExecutor)
+        kinds = (
+            FlushExecutor, CleanupExecutor, RetentionExecutor, StreamEvictionExecutor, UserCleanupExecutor,
+            CompactExecutor, BackupExecutor, RestoreExecutor,
+        )  # fmt: skip
         by_type = {one.job_type: one for one in kinds}
+        assert context.job_registry.job_types() == sorted(by_type)
         for job_type, kind in by_type.items():
             assert type(context.job_registry.get(job_type)) is kind
     finally:
