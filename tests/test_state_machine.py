@@ -492,5 +492,5 @@ def test_tables_hold_what_a_dict_holds_whatever_falls_into_flushes_and_compactio
 @pytest.mark.long
 @pytest.mark.timeout(3600)
 def test_tables_hold_what_a_dict_holds_in_long_histories() -> None:
-    _run(Machine, 500, 300)
-    _run(MachineOnDisk, 200, 100)
+    _run(Machine, 100, 300)
+    _run(MachineOnDisk, 60, 100)
