@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
@@ -25,7 +26,12 @@ _STILL_S = 0.6
 """Longer than a job log, a progress report or a pass of the runner waits."""
 
 
+_told = threading.Event()
+"""In the child: the parent knows the job."""
+
+
 def stop_self() -> None:
+    assert _told.wait(WAIT_S)
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
@@ -58,6 +64,7 @@ def run(path: Path, job: dict[str, Any], point: str | None, output: Connection) 
         armed = True
         made = db.jobs.create_job(**job)
         output.send(made.id)
+        _told.set()
         ended = db.jobs.wait(made.id, WAIT_S)
         output.send((str(ended.status), [str(one.outcome) for one in ended.attempts()], ended.retry_count))
         output.send([event.text for event in ended.events()])

@@ -190,7 +190,7 @@ def test_the_job_that_erased_a_user_keeps_no_name_and_a_repetition_finds_nothing
     job = db.jobs.wait(message.rsplit(" ", 1)[1], 20)
     assert job.parameters == {"user_id": "[ERASED]"} and job.idempotency_key is None
     again = run_job(db, f"PURGE USER '{USER}'")
-    assert again.startswith("Erased 1 users: 0 cold rows")
+    assert again.startswith("Erased 1 user: 0 cold rows")
 
 
 def test_jobs_that_have_not_ended_and_words_that_only_contain_the_name_are_left_alone(open_db: Open) -> None:
