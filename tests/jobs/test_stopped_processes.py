@@ -32,7 +32,8 @@ _told = threading.Event()
 
 def stop_self() -> None:
     assert _told.wait(WAIT_S)
-    os.kill(os.getpid(), signal.SIGSTOP)
+    # To this thread: one to the process may reach another thread first, and this one would go on for a moment.
+    signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
 
 
 def mark(ctx: JobContext[Any]) -> None:
