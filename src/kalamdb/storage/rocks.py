@@ -168,17 +168,16 @@ class _Reading:
                         iterator.prev()
                 else:
                     iterator.seek(start)
-                while iterator.valid():
-                    key = iterator.key()
+                step = iterator.prev if reverse else iterator.next
+                valid, key_of, value_of = iterator.valid, iterator.key, iterator.value
+                while valid():
+                    key = key_of()
                     if not start <= key < end:
                         break
-                    found.append((key, iterator.value()))
+                    found.append((key, value_of()))
                     if len(found) == rows:
                         break
-                    if reverse:
-                        iterator.prev()
-                    else:
-                        iterator.next()
+                    step()
                 iterator.status()
             except Exception as exc:
                 raise translate(exc, self._path) from exc
