@@ -475,7 +475,9 @@ def _run(machine: type[Machine], examples: int, steps: int) -> None:
 
 
 @pytest.mark.timeout(900)
-def test_tables_hold_what_a_dict_holds_whatever_falls_into_flushes_and_compactions() -> None:
+def test_tables_hold_what_a_dict_holds_whatever_falls_into_flushes_and_compactions(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     COUNTS.clear()
     _run(MachineOnDisk, 50, 40)
     _run(Machine, 250, 60)
@@ -484,7 +486,8 @@ def test_tables_hold_what_a_dict_holds_whatever_falls_into_flushes_and_compactio
             break
         _run(Machine, 50, 60)
     steps = sum(COUNTS[name] for name in RULES)
-    print(f"{steps} steps: {dict(COUNTS)}")
+    with capsys.disabled():
+        print(f"\n{steps} steps: {dict(COUNTS)}")
     assert steps >= 20_000
     assert all(COUNTS[name] >= 100 for name in RULES), COUNTS
 

@@ -19,7 +19,7 @@ from tests.backup.support import QUIET, Image, backup, fill, generations
 DAY_MS = 86_400_000
 
 
-def finished(db: Database, message: str | None):  # type: ignore[no-untyped-def]
+def finished(db: Database, message: str | None):
     """The job that a statement named, ended."""
     assert message is not None
     return db.jobs.wait(message.rsplit(" ", 1)[1], 20)
@@ -142,7 +142,7 @@ def clock() -> SteppedClock:
 
 
 @pytest.fixture
-def dated(tmp_path: Path, clock: SteppedClock):  # type: ignore[no-untyped-def]
+def dated(tmp_path: Path, clock: SteppedClock):
     """A database whose time the test moves."""
     settings = Settings.load(QUIET, environment={})
     with Database(AppContext(tmp_path / "data", settings, clock=clock)) as opened:
@@ -202,5 +202,5 @@ def test_pruning_removes_halves_of_yesterday_and_nothing_of_other_databases(
     assert sorted(os.listdir(target)) == sorted([ours, theirs.name])
 
 
-def _fields(manifest):  # type: ignore[no-untyped-def]
+def _fields(manifest):
     return {name: getattr(manifest, name) for name in manifest.__struct_fields__}

@@ -78,7 +78,7 @@ def test_conditions_on_text_columns_of_system_tables_reach_the_store(
     db, counting = counted
     with db:
         counting.reset()
-        found = db.execute(sql, params)  # type: ignore[arg-type]
+        found = db.execute(sql, params)
         assert len(found.rows) == rows and counting.reads.keys_read < 50
 
 

@@ -54,7 +54,7 @@ def test_bad_executors_are_refused(options: dict[str, Any], said: str) -> None:
 
 def test_a_function_without_parameters_is_refused() -> None:
     with pytest.raises(InvalidRequest, match="must take the job context"):
-        executor_of(lambda: None, "x", prefix="XX")  # type: ignore[arg-type,misc]
+        executor_of(lambda: None, "x", prefix="XX")
 
 
 def test_the_annotation_of_a_function_gives_the_type_of_its_parameters() -> None:
@@ -64,7 +64,7 @@ def test_the_annotation_of_a_function_gives_the_type_of_its_parameters() -> None
 
     def plain(ctx: JobContext[dict[str, Any]]) -> None: ...
 
-    def bare(ctx): ...  # type: ignore[no-untyped-def]
+    def bare(ctx): ...
 
     class Callable_:
         async def __call__(self, ctx: Any) -> None: ...

@@ -497,7 +497,7 @@ def test_a_job_is_not_run_again_while_another_has_its_key(world: World) -> None:
     second = manager.create_job("x", None, "k", allow_unknown=True)
     with pytest.raises(Exception, match="is already new") as caught:
         manager.retry_job(first.id)
-    assert caught.value.job.id == second.id and manager.get_job(first.id).status == "cancelled"  # type: ignore[attr-defined]
+    assert caught.value.job.id == second.id and manager.get_job(first.id).status == "cancelled"
 
 
 # Stopping

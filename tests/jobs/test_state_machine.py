@@ -106,7 +106,7 @@ class Jobs(RuleBasedStateMachine):
     # What there is
 
     def row(self, job_id: str) -> JobRow:
-        found = self.backend.jobs.get(job_id)  # type: ignore[arg-type]
+        found = self.backend.jobs.get(job_id)
         assert found is not None, "I4: an accepted job is gone"
         return found
 
@@ -226,7 +226,7 @@ class Jobs(RuleBasedStateMachine):
         removed = before - left
         assert len(removed) == gone == min(2, len(before))
         for job_id in removed:
-            assert self.backend.jobs.events(job_id) == [] and self.backend.jobs.attempts(job_id) == []  # type: ignore[arg-type]
+            assert self.backend.jobs.events(job_id) == [] and self.backend.jobs.attempts(job_id) == []
             del self.model[job_id]
 
     # The runner and its workers
@@ -281,7 +281,7 @@ class Jobs(RuleBasedStateMachine):
         told = attempt.context.interrupt_reason
         if isinstance(outcome, JobInterrupted) and told is not None:
             outcome = JobInterrupted(told)
-        self.runner._threads.end(attempt, outcome)  # type: ignore[attr-defined]
+        self.runner._threads.end(attempt, outcome)
         self.ended(known, attempt, outcome, told)
         self.step_over(known)
         self.stale.append(attempt)
@@ -292,7 +292,7 @@ class Jobs(RuleBasedStateMachine):
         STEPS["end"] += 1
         attempt = self.pick(data, self.attempts())
         known = self.model[attempt.row.job_id]
-        self.runner._threads.end(attempt, Completed("fine"))  # type: ignore[attr-defined]
+        self.runner._threads.end(attempt, Completed("fine"))
         known.status, known.hold = "completed", None
         self.step_over(known)
         self.stale.append(attempt)
@@ -364,7 +364,7 @@ class Jobs(RuleBasedStateMachine):
         if complete:
             known.status, known.hold = "completed", None
             assert self.row(known.job_id).message == "written"
-            self.runner._threads.end(attempt, None)  # type: ignore[attr-defined]
+            self.runner._threads.end(attempt, None)
             self.step_over(known)
             self.stale.append(attempt)
 
@@ -391,7 +391,7 @@ class Jobs(RuleBasedStateMachine):
                 write()
         assert self.backend.jobs.get(job_id) == before, "I3: a write under an old lease was accepted"
         if attempt.revoked and not attempt.returned:
-            self.runner._threads.end(attempt, None)  # type: ignore[attr-defined]
+            self.runner._threads.end(attempt, None)
             assert self.backend.jobs.get(job_id) == before
 
     # Time and crashes

@@ -20,7 +20,7 @@ KEY = record_key(RecordKind.META, "count")
 
 
 @pytest.fixture(params=["memory", "rocksdb", "flaky"])
-def backend(request: pytest.FixtureRequest, tmp_path: Path):  # type: ignore[no-untyped-def]
+def backend(request: pytest.FixtureRequest, tmp_path: Path):
     kv: OrderedKv = MemoryKv() if request.param == "memory" else RocksKv(tmp_path / "live", create=True)
     opened: StorageBackend = KvBackend(kv, SystemClock())
     if request.param == "flaky":

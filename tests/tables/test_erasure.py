@@ -94,7 +94,7 @@ def erase(db: Database, clock: SteppedClock) -> None:
 
 def entries(db: Database) -> Iterator[tuple[bytes, bytes]]:
     """What the store holds but for the audit log, which keeps who purged whom."""
-    kv = db.context.backend._kv  # type: ignore[attr-defined]
+    kv = db.context.backend._kv
     assert isinstance(kv, RocksKv)
     return ((key, value) for key, value in kv.scan(b"", b"\xff") if not key.startswith(AUDIT))
 

@@ -35,7 +35,7 @@ def clock() -> SteppedClock:
 
 
 @pytest.fixture
-def db(tmp_path: Path, clock: SteppedClock):  # type: ignore[no-untyped-def]
+def db(tmp_path: Path, clock: SteppedClock):
     quiet = {"flush.scheduler_enabled": False, "compaction.enabled": False}
     with Database(AppContext(tmp_path / "data", Settings.load(quiet, environment={}), clock=clock)) as opened:
         opened.execute("CREATE NAMESPACE app")

@@ -18,7 +18,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from decimal import ROUND_HALF_UP, Decimal, InvalidOperation, localcontext
 from functools import lru_cache
-from typing import Any, assert_never
+from typing import Any, assert_never, cast
 
 import msgspec
 import pyarrow as pa
@@ -147,7 +147,8 @@ class ValueCodec:
             case TypeName.TIMESTAMP | TypeName.DATETIME | TypeName.TIME:
                 return pa.array(stored, pa.int64()).view(self.physical)
             case TypeName.DECIMAL:
-                return pa.array([None if v is None else Decimal(v) for v in stored], self.physical)  # type: ignore[arg-type]
+                texts = cast(Sequence[str | None], stored)
+                return pa.array([None if v is None else Decimal(v) for v in texts], self.physical)
             case TypeName.EMBEDDING:
                 return self._embeddings_to_arrow(stored)
             case _:
@@ -224,7 +225,7 @@ class ValueCodec:
     def _embeddings_to_arrow(self, stored: Sequence[Stored]) -> pa.Array:
         size = self.kind.size
         zero = bytes(4 * size)
-        packed = b"".join(zero if v is None else v for v in stored)  # type: ignore[misc]
+        packed = b"".join(zero if v is None else v for v in cast(Sequence[bytes | None], stored))
         flat = pa.Array.from_buffers(pa.float32(), size * len(stored), [None, pa.py_buffer(packed)])
         mask = pa.array([v is None for v in stored], pa.bool_())
         return pa.FixedSizeListArray.from_arrays(flat, size, mask=mask)

@@ -18,7 +18,7 @@ from kalamdb.errors import IdempotencyConflict, Internal, InvalidRequest
 from kalamdb.storage import Batch, Busy, Fenced, JobFence, JobInsert, JobMove, StorageBackend
 from kalamdb.storage.jobs import AGEING_MS, LEGAL_MOVES, AttemptOutcome, Claim, Hold, JobFilter, JobRow, JobStatus
 from kalamdb.testing.clock import SimulatedClock
-from kalamdb.testing.storage import StorageContract, Store, commit, payloads, row
+from kalamdb.testing.storage import Store, commit, payloads, row
 from kalamdb.types import JobId
 
 Events = tuple[tuple[str, str], ...]
@@ -100,9 +100,7 @@ class JobStoreContract:
     @pytest.fixture
     def store(self, tmp_path: Path) -> Iterator[Store]:
         """An empty store."""
-        contract = StorageContract()
-        contract.open_backend = self.open_backend  # type: ignore[method-assign]
-        store = Store(contract, tmp_path / "store")
+        store = Store(self.open_backend, tmp_path / "store")
         yield store
         store.backend.close()
 

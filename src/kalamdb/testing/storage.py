@@ -109,16 +109,16 @@ def set_manifest(backend: StorageBackend, table: TableUid = TABLE) -> Seq:
 class Store:
     """The store of one test: opened, reopened and closed."""
 
-    def __init__(self, contract: StorageContract, path: Path) -> None:
-        self.contract = contract
+    def __init__(self, open_backend: Callable[[Path, SimulatedClock], StorageBackend], path: Path) -> None:
+        self._open_backend = open_backend
         self.path = path
         self.clock = SimulatedClock(auto_advance=True)
-        self.backend = contract.open_backend(path, self.clock)
+        self.backend = open_backend(path, self.clock)
 
     def reopen(self) -> StorageBackend:
         """Close and open again."""
         self.backend.close()
-        self.backend = self.contract.open_backend(self.path, self.clock)
+        self.backend = self._open_backend(self.path, self.clock)
         return self.backend
 
 
@@ -132,7 +132,7 @@ class StorageContract:
     @pytest.fixture
     def store(self, tmp_path: Path) -> Iterator[Store]:
         """An empty store."""
-        store = Store(self, tmp_path / "store")
+        store = Store(self.open_backend, tmp_path / "store")
         yield store
         store.backend.close()
 
