@@ -17,6 +17,9 @@ $(STAMP): pyproject.toml
 demo: $(STAMP) ## load the flights of 2013 and show what the database does
 	$(BIN)/python demo/flights.py
 
+serve: $(STAMP) ## serve ./data on 127.0.0.1:8080
+	$(BIN)/kalamdb serve --data-dir data
+
 test: $(STAMP) ## all tests but the long ones
 	$(BIN)/pytest -q
 
@@ -45,4 +48,4 @@ bench-quick: $(STAMP) ## measure speed, in 90 seconds
 clean: ## remove what the targets made
 	rm -rf .venv build dist *-data .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 
-.PHONY: help demo test test-long soak check bench bench-quick clean
+.PHONY: help demo serve test test-long soak check bench bench-quick clean

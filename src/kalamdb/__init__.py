@@ -19,6 +19,7 @@ from kalamdb.errors import (
     NotFound,
     Timeout,
     TransactionConflict,
+    Unauthenticated,
     Unavailable,
     UniqueViolation,
 )
@@ -72,6 +73,7 @@ __all__ = [
     "Result",
     "Timeout",
     "TransactionConflict",
+    "Unauthenticated",
     "Unavailable",
     "UniqueViolation",
     "aconnect",

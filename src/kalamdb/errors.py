@@ -8,6 +8,7 @@ KalamDbError
 │   ├── TransactionConflict another writer came first; run the transaction again
 │   └── IdempotencyConflict an active job has the key; `.job` is that job
 ├── Denied                  the caller may not do this
+├── Unauthenticated         who calls is not proved: no token, a wrong or an expired one
 ├── LimitExceeded           a named limit was hit
 ├── Timeout                 a deadline passed
 ├── Unavailable             the database cannot do this now; later it may
@@ -80,6 +81,18 @@ class Denied(KalamDbError):
 
     code = "PERMISSION_DENIED"
     http_status = 403
+
+
+class Unauthenticated(KalamDbError):
+    """The caller did not prove who it is. `code` says how: MISSING_AUTHORIZATION, INVALID_CREDENTIALS,
+    TOKEN_EXPIRED, SETUP_REQUIRED or ACCOUNT_LOCKED."""
+
+    code = "INVALID_CREDENTIALS"
+    http_status = 401
+
+    def __init__(self, message: str, code: str = "INVALID_CREDENTIALS") -> None:
+        super().__init__(message)
+        self.code = code  # type: ignore[misc]
 
 
 class LimitExceeded(KalamDbError):
