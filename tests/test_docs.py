@@ -10,7 +10,7 @@ import contextlib
 import io
 import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 
 import kalamdb
-from kalamdb.config import SETTINGS, Setting
 from kalamdb.database import Database
 from kalamdb.errors import KalamDbError
+from kalamdb.settings import ALIASES, ENVIRONMENT, IGNORED, SETTINGS, Setting
 from kalamdb.storage.jobs import LEGAL_MOVES
 
 ROOT = Path(__file__).parent.parent
@@ -139,11 +139,19 @@ def page_text(name: str) -> str:
 
 def setting_row(setting: Setting) -> str:
     """How docs/settings.md shows a setting."""
-    default = f'"{setting.default}"' if isinstance(setting.default, str) else str(setting.default).lower()
+    match setting.default:
+        case str():
+            default = f'"{setting.default}"'
+        case tuple():
+            default = "[" + ", ".join(f'"{text}"' for text in setting.default) + "]"
+        case Mapping():
+            default = "{}"
+        case _:
+            default = str(setting.default).lower()
     if setting.choices:
         allowed = ", ".join(f'"{choice}"' for choice in setting.choices)
     elif setting.low is None:
-        allowed = "true, false" if isinstance(setting.default, bool) else "any"
+        allowed = {bool: "true, false", str: "any", tuple: "texts"}.get(type(setting.default), "texts by name")
     else:
         allowed = (
             f"{_number(setting.low)} and more"
@@ -159,7 +167,11 @@ def _number(value: float) -> str:
 
 def test_the_page_of_settings_is_that_of_the_code() -> None:
     rows = [line for line in page_text("settings.md").splitlines() if line.startswith("| `")]
-    assert sorted(rows) == sorted(setting_row(setting) for setting in SETTINGS)
+    wanted = [setting_row(setting) for setting in SETTINGS]
+    wanted += [f"| `{name}` | `{alias.key}` |" for name, alias in ALIASES.items()]
+    wanted += [f"| `{variable}` | `{key}` |" for variable, key in ENVIRONMENT.items()]
+    wanted += [f"| `{key}` | {why} |" for key, why in IGNORED.items()]
+    assert sorted(rows) == sorted(wanted)
 
 
 def errors(root: type[KalamDbError] = KalamDbError) -> Iterator[type[KalamDbError]]:

@@ -57,6 +57,8 @@ from kalamdb.tables.write import snowflake_id
 from kalamdb.users import Users, audit_rows
 
 _REMOVAL_INTERVAL_S = 1.0
+_SCHEDULER_IDLE_S = 60.0
+"""Between two looks for compactions when the flush scheduler is off."""
 
 
 class AppContext:
@@ -154,10 +156,11 @@ class AppContext:
         settings = self.settings
         return Schedulers(
             self.maintenance, self._job_manager, self.clock,
-            flush_enabled=settings["flush.scheduler_enabled"], compaction_enabled=settings["compaction.enabled"],
+            flush_enabled=settings["flush.scheduler_enabled"] and settings["flush.check_interval_seconds"] > 0,
+            compaction_enabled=settings["compaction.enabled"],
             rows_default=settings["flush.default_row_limit"],
             interval_default_s=settings["flush.default_time_interval"],
-            check_interval_s=settings["flush.check_interval_seconds"],
+            check_interval_s=settings["flush.check_interval_seconds"] or _SCHEDULER_IDLE_S,
         )  # fmt: skip
 
     def _enter_generation(self, directory: DataDirectory) -> None:
@@ -211,6 +214,7 @@ class AppContext:
             block_cache_bytes=settings["storage.rocksdb.block_cache_size"],
             write_buffer_bytes=settings["storage.rocksdb.write_buffer_size"],
             open_files_max=settings["storage.rocksdb.max_open_files"],
+            background_jobs_max=settings["storage.rocksdb.max_background_jobs"],
             compressed=settings["storage.compression"],
         )
         try:
@@ -303,8 +307,11 @@ class AppContext:
 
     def _make_session(self) -> Session:
         s = self.settings
+        cores = os.cpu_count() or 1
         self._engine = engine = Engine(
-            EngineLimits(memory_bytes_max=self._query_bytes_max(), target_partitions=s["datafusion.query_parallelism"]),
+            EngineLimits(
+                memory_bytes_max=self._query_bytes_max(), target_partitions=s["datafusion.query_parallelism"] or cores
+            ),
             {
                 "snowflake_id": lambda: snowflake_id(self.backend, self.clock),
                 "uuid_v7": lambda: str(uuid_v7(self.clock)),

@@ -1,4 +1,4 @@
-"""Settings: defaults, then a TOML file, then the environment, then arguments; checked together."""
+"""Loading of settings: defaults, then a TOML file, then the environment, then arguments; checked together."""
 
 from __future__ import annotations
 
@@ -6,103 +6,36 @@ import difflib
 import math
 import os
 import tomllib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 from kalamdb.errors import InvalidRequest
-
-
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """One setting: its default gives the type, `low` and `high` (inclusive) the range."""
-
-    key: str
-    default: Any
-    help: str
-    low: float | None = None
-    high: float | None = None
-    choices: tuple[str, ...] = ()
-
-    @property
-    def environment(self) -> str:
-        """Name of its environment variable."""
-        return "KALAMDB_" + self.key.upper().replace(".", "_")
-
-    @property
-    def category(self) -> str:
-        """The part before the first dot."""
-        return self.key.partition(".")[0]
-
-
-_S = Setting
-SETTINGS: Final[tuple[Setting, ...]] = (
-    _S(
-        "storage.durability",
-        "commit",
-        "'commit' waits for the disk at each commit, 'os' survives kill -9 only",
-        choices=("commit", "os"),
-    ),
-    _S("storage.compression", True, "compress segments and the store's files; off leaves their texts searchable"),
-    _S("storage.rocksdb.block_cache_size", 32 << 20, "bytes of RocksDB's block cache", 1 << 20),
-    _S("storage.rocksdb.write_buffer_size", 64 << 20, "bytes of RocksDB's write buffer", 1 << 20),
-    _S("storage.rocksdb.max_open_files", 512, "files that RocksDB keeps open", 16),
-    _S("hot.bytes_max", 256 << 20, "bytes of the hot tier; above it flushes are forced, then writers wait", 1 << 20),
-    _S("hot.cache_bytes_max", 256 << 20, "bytes of decoded hot rows kept in memory", 1 << 20),
-    _S("hot.wait_timeout_s", 30.0, "seconds that a writer waits for room in the hot tier", 0),
-    _S("segment.cache_bytes_max", 128 << 20, "bytes of segment indexes and row groups kept in memory", 1 << 20),
-    _S("segment.row_group_rows_max", 65_536, "rows of a row group of a segment", 1024, 1 << 20),
-    _S("flush.scheduler_enabled", True, "flush tables by their policy in the background"),
-    _S("flush.default_row_limit", 10_000, "rows after which a table without FLUSH_POLICY is flushed", 1),
-    _S("flush.default_time_interval", 300, "seconds after which a table without FLUSH_POLICY is flushed", 1),
-    _S("flush.check_interval_seconds", 60.0, "seconds between two looks of the flush scheduler", 0.01),
-    _S("compaction.enabled", True, "compact tables in the background"),
-    _S("compaction.level0_segments_max", 5, "level-0 segments of a table before they are merged", 1),
-    _S("compaction.segment_bytes_max", 128 << 20, "target size of a level-1 segment", 1 << 16),
-    _S("limits.batch_rows_max", 4096, "rows of a statement that go to the hot tier; more become a segment", 1, 65_536),
-    _S("limits.sql_bytes_max", 1 << 20, "bytes of one SQL text", 1024),
-    _S("limits.sql_tokens_max", 20_000, "tokens of one statement, literals in lists not counted", 100, 1_000_000),
-    _S("limits.sql_depth_max", 256, "nesting and chained operators of one statement", 8, 512),
-    _S("limits.sql_set_operands_max", 64, "SELECTs that one statement may join by UNION and the like", 2, 256),
-    _S("limits.result_bytes_max", 1 << 30, "bytes of one result", 1 << 16),
-    _S("datafusion.memory_limit", 0, "bytes that all queries share before they spill; 0 is a quarter of the memory", 0),
-    _S("datafusion.query_parallelism", 2, "threads of one query", 1, 256),
-    _S("execution.sql_plan_cache_max_entries", 200, "parsed statements kept", 1),
-    _S("jobs.max_concurrent", 10, "jobs that run at the same time", 1, 10_000),
-    _S("jobs.max_retries", 3, "retries of a failed job", 0, 1000),
-    _S("jobs.retry_backoff_ms", 100, "wait before the first retry, in milliseconds", 1),
-    _S("jobs.cancel_timeout_s", 5.0, "seconds that a cancelled job gets to clean up", 0),
-    _S("jobs.quarantine_after", 3, "process deaths after which a job is held back", 1),
-    _S("jobs.schedules_enabled", True, "make the jobs of schedules when they are due"),
-    _S("jobs.misfire_grace_s", 60.0, "seconds that a due time may be late before the misfire policy decides", 0),
-    _S("jobs.entry_points_enabled", True, "register the executors of installed distributions at the start"),
-    _S("jobs.queued_max", 1_000_000, "jobs that may wait", 1),
-    _S("jobs.history_completed_days", 7.0, "days that completed, skipped and cancelled jobs are kept", 0),
-    _S("jobs.history_failed_days", 90.0, "days that failed jobs are kept", 0),
-    _S("jobs.history_rows_max", 1_000_000, "ended jobs of each state that are kept", 0),
-    _S("shutdown.timeout_s", 30.0, "seconds that running jobs get at a clean stop", 0),
-    _S("deletion_grace_period_days", 30.0, "days after DROP USER until the user is erased", 0),
-    _S("auth.bcrypt_cost", 12, "work factor of password hashes; each step doubles the time", 4, 16),
-    _S(
-        "auth.enforce_password_complexity",
-        False,
-        "passwords need upper and lower case, a digit and a special character",
-    ),
-    _S("live.resume_window_s", 600.0, "seconds for which a deletion is remembered at least", 0),
-    _S("logging.logs_path", "", "directory of jobs.log; empty is <data>/logs"),
-    _S("transaction_timeout_secs", 300.0, "seconds that a transaction may take", 0.001),
-    _S("max_transaction_buffer_bytes", 100 << 20, "bytes of changes that a transaction may hold", 1024),
+from kalamdb.settings import (
+    ALIASES,
+    BY_KEY,
+    ENVIRONMENT,
+    HIDDEN,
+    IGNORED,
+    SETTINGS,
+    Setting,
+    environment_name,
+    why_ignored,
 )
-_BY_KEY: Final[dict[str, Setting]] = {setting.key: setting for setting in SETTINGS}
-_BY_ARGUMENT: Final[dict[str, str]] = {key.replace(".", "_"): key for key in _BY_KEY}
+
+_NAMES: Final[tuple[str, ...]] = (*BY_KEY, *ALIASES, *(key for key in IGNORED if not key.endswith(".*")))
+_BY_ARGUMENT: Final[Mapping[str, str]] = {name.replace(".", "_"): name for name in reversed(_NAMES)}
+_SECRET_WORDS: Final = ("secret", "password", "token", "key")
 
 
 class Settings(Mapping[str, Any]):
     """Checked values by key, as in `settings["jobs.max_concurrent"]`. Immutable."""
 
-    def __init__(self, values: Mapping[str, Any]) -> None:
+    def __init__(self, values: Mapping[str, Any], ignored: Sequence[str] = ()) -> None:
         self._values = dict(values)
+        self.ignored: tuple[str, ...] = tuple(ignored)
+        """Given keys that say nothing here, as "cluster.node_id = 2: one node holds the data"."""
 
     @staticmethod
     def load(
@@ -115,30 +48,19 @@ class Settings(Mapping[str, Any]):
 
         Argument names are keys ("jobs.max_concurrent") or keys with underscores (jobs_max_concurrent).
         """
-        problems: list[str] = []
-        values = {setting.key: setting.default for setting in SETTINGS}
+        loading = _Loading()
         environment = os.environ if environment is None else environment
-        sources = [
-            (f"file '{file}'", _flat(_read(file)) if file is not None else {}),
-            ("environment", {s.key: environment[s.environment] for s in SETTINGS if s.environment in environment}),
-            ("arguments", dict(arguments or {})),
-        ]
-        for where, given in sources:
-            for name, value in given.items():
-                key = name if name in _BY_KEY else _BY_ARGUMENT.get(name)
-                if key is None:
-                    near = difflib.get_close_matches(name, [*_BY_KEY, *_BY_ARGUMENT], 1)
-                    problems.append(
-                        f"{where}: unknown setting '{name}'" + (f"; did you mean '{near[0]}'?" if near else "")
-                    )
-                    continue
-                try:
-                    values[key] = _checked(_BY_KEY[key], value)
-                except ValueError as exc:
-                    problems.append(f"{where}: {key} = {value!r}: {exc}")
-        if problems:
-            raise InvalidRequest("the settings are not valid: " + "; ".join(problems))
-        return Settings(values)
+        if file is not None:
+            loading.take(f"file '{file}'", list(_flat(_read(file))))
+        loading.take("environment", list(_of_environment(environment)))
+        loading.take("arguments", [(_BY_ARGUMENT.get(name, name), name, v) for name, v in (arguments or {}).items()])
+        if loading.problems:
+            raise InvalidRequest("the settings are not valid: " + "; ".join(loading.problems))
+        return Settings(loading.values, [f"{key} = {text}" for key, text in sorted(loading.ignored.items())])
+
+    def shown(self, key: str) -> str:
+        """The value of a key as text; a secret is not shown."""
+        return BY_KEY[key].shown(self._values[key])
 
     def __getitem__(self, key: str) -> Any:
         return self._values[key]
@@ -150,6 +72,66 @@ class Settings(Mapping[str, Any]):
         return len(self._values)
 
 
+_Given = tuple[str, str, Any]
+"""A name of the table, how the source spells it, and the value."""
+
+
+class _Loading:
+    """Values so far, what is wrong with them, and what says nothing here."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Any] = {setting.key: setting.default for setting in SETTINGS}
+        self.problems: list[str] = []
+        self.ignored: dict[str, str] = {}
+
+    def take(self, where: str, given: Sequence[_Given]) -> None:
+        """Merge one source. A key that it spells in two ways must have one value."""
+        taken: dict[str, tuple[str, Any]] = {}
+        for name, spelled, value in given:
+            alias = ALIASES.get(name)
+            key = name if alias is None else alias.key
+            if key not in BY_KEY:
+                self._outside(where, name, spelled, value)
+                continue
+            setting = BY_KEY[key]
+            try:
+                checked = checked_value(setting, value if alias is None else alias.convert(value))
+            except ValueError as exc:
+                shown = HIDDEN if setting.secret else repr(value)
+                self.problems.append(f"{where}: {spelled} = {shown}: {exc}")
+                continue
+            before = taken.setdefault(key, (spelled, checked))
+            if before[1] != checked:
+                self.problems.append(f"{where}: '{before[0]}' and '{spelled}' say different things; leave one out")
+            self.values[key] = checked
+
+    def _outside(self, where: str, name: str, spelled: str, value: Any) -> None:
+        why = why_ignored(name)
+        if why is not None:
+            secret = any(word in name.rpartition(".")[2] for word in _SECRET_WORDS)
+            self.ignored[name] = f"{HIDDEN if secret and value else value}: {why}"
+            return
+        near = difflib.get_close_matches(name, [*_NAMES, *_BY_ARGUMENT], 1)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        self.problems.append(f"{where}: unknown setting '{spelled}'{hint}")
+
+
+def _of_environment(environment: Mapping[str, str]) -> Iterator[_Given]:
+    for name in _NAMES:
+        variable = environment_name(name)
+        if variable in environment and variable not in ENVIRONMENT:
+            yield name, variable, environment[variable]
+    for variable, key in ENVIRONMENT.items():
+        if variable in environment:
+            yield key, variable, environment[variable]
+    for key in IGNORED:
+        if key.endswith(".*"):
+            start = environment_name(key.removesuffix("*"))
+            for variable in sorted(environment):
+                if variable.startswith(start) and variable not in ENVIRONMENT:
+                    yield key[:-1] + variable.removeprefix(start).lower(), variable, environment[variable]
+
+
 def _read(file: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(file.read_text())
@@ -158,35 +140,30 @@ def _read(file: Path) -> dict[str, Any]:
         raise InvalidRequest(f"the settings file '{file}' (config) cannot be read: {reason}") from exc
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[_Given]:
     for name, value in tree.items():
-        out.update(_flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value})
-    return out
+        key = prefix + name
+        if isinstance(value, dict) and not (key in BY_KEY and isinstance(BY_KEY[key].default, Mapping)):
+            yield from _flat(value, f"{key}.")
+        else:
+            yield key, key, value
 
 
-def _checked(setting: Setting, value: Any) -> Any:
-    kind = type(setting.default)
-    if kind is bool:
-        if isinstance(value, str) and value.lower() in ("true", "false", "1", "0"):
-            value = value.lower() in ("true", "1")
-        if not isinstance(value, bool):
-            raise ValueError("true or false is expected")
-    elif kind is str:
-        if not isinstance(value, (str, os.PathLike)):
-            raise ValueError("a text is expected")
-        value = str(value)
-    else:
-        expected = "a whole number is expected" if kind is int else "a number is expected"
-        if isinstance(value, bool):
-            raise ValueError(expected)
-        try:
-            number = kind(value)
-        except (TypeError, ValueError, OverflowError):
-            raise ValueError(expected) from None
-        if not math.isfinite(number) or (isinstance(value, float) and number != value):
-            raise ValueError(expected)
-        value = number
+def checked_value(setting: Setting, value: Any) -> Any:
+    """A value as the setting keeps it. Raises ValueError that says what is expected."""
+    match setting.default:
+        case bool():
+            value = _truth(value)
+        case str():
+            if not isinstance(value, (str, os.PathLike)):
+                raise ValueError("a text is expected")
+            value = os.fspath(value)
+        case tuple():
+            return _texts(value)
+        case Mapping():
+            return _texts_by_name(value)
+        case int() | float():
+            value = _number(type(setting.default), value)
     if setting.choices and value not in setting.choices:
         raise ValueError(f"one of {', '.join(setting.choices)} is expected")
     if setting.low is not None and value < setting.low:
@@ -194,3 +171,45 @@ def _checked(setting: Setting, value: Any) -> Any:
     if setting.high is not None and value > setting.high:
         raise ValueError(f"at most {setting.high} is expected")
     return value
+
+
+def _truth(value: Any) -> bool:
+    if isinstance(value, str) and value.lower() in ("true", "false", "1", "0", "yes", "no"):
+        return value.lower() in ("true", "1", "yes")
+    if not isinstance(value, bool):
+        raise ValueError("true or false is expected")
+    return value
+
+
+def _number(kind: type[int] | type[float], value: Any) -> int | float:
+    expected = "a whole number is expected" if kind is int else "a number is expected"
+    if isinstance(value, bool):
+        raise ValueError(expected)
+    try:
+        number = kind(value)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(expected) from None
+    if not math.isfinite(number) or (isinstance(value, float) and number != value):
+        raise ValueError(expected)
+    return number
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    """A list of texts; one text is split at its commas, as the environment needs it."""
+    if isinstance(value, str):
+        return tuple(part for part in (one.strip() for one in value.split(",")) if part)
+    if not isinstance(value, (list, tuple)) or not all(isinstance(one, str) for one in value):
+        raise ValueError("a list of texts is expected")
+    return tuple(value)
+
+
+def _texts_by_name(value: Any) -> Mapping[str, str]:
+    """Texts by name; a text is split as "name=text,name=text"."""
+    if isinstance(value, str):
+        pairs = [part.partition("=") for part in _texts(value)]
+        if not all(sign and name.strip() for name, sign, _ in pairs):
+            raise ValueError("name=text, separated by commas, is expected")
+        value = {name.strip(): text.strip() for name, _, text in pairs}
+    if not isinstance(value, Mapping) or not all(isinstance(one, str) for pair in value.items() for one in pair):
+        raise ValueError("texts by name are expected")
+    return MappingProxyType(dict(value))

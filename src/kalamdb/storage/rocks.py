@@ -209,10 +209,12 @@ class RocksKv:
         block_cache_bytes: int = 32 << 20,
         write_buffer_bytes: int = 64 << 20,
         open_files_max: int = 512,
+        background_jobs_max: int = 2,
         compressed: bool = True,
     ) -> None:
         self.path = path
         options = _options(open_files_max)
+        options.set_max_background_jobs(background_jobs_max)
         options.create_if_missing(create)
         options.set_write_buffer_size(write_buffer_bytes)
         options.set_keep_log_file_num(2)

@@ -17,9 +17,10 @@ from typing import Any, Final
 import pyarrow as pa
 
 from kalamdb.catalog import Catalog
-from kalamdb.config import SETTINGS, Settings
+from kalamdb.config import Settings
 from kalamdb.errors import Denied, InvalidRequest, NotFound
 from kalamdb.schema import TypeName
+from kalamdb.settings import SETTINGS
 from kalamdb.storage.jobs import JobStatus, JobStore
 from kalamdb.system.jobs import job_tables
 from kalamdb.system.shape import (
@@ -176,7 +177,7 @@ class SystemTablesRegistry:
 
 def _setting_rows(settings: Settings) -> Rows:
     for one in SETTINGS:
-        yield one.key, str(settings[one.key]), one.help, one.category
+        yield one.key, settings.shown(one.key), one.help, one.category
 
 
 def _stats_rows(sources: SystemSources) -> list[tuple[str, str]]:
