@@ -101,12 +101,13 @@ class AppContext:
             self._adopt_restored()
             self.system_tables = self._system(root)
             self.session = self._make_session()
-            self._introspection = Introspection(
+            self.introspection = Introspection(
                 clock=self.clock, store=self.store, session=self.session, engine=self._engine,
                 manager=self._job_manager, backups=self.backups, directory=self.directory, probation=self.probation,
-                made_s=self.clock.monotonic_s(),
+                made_s=self.clock.monotonic_s(), users_counted=lambda: sum(1 for _ in self.users.all()),
+                logs_folder=self._logs_folder(path),
             )  # fmt: skip
-            for table in self._introspection.tables():
+            for table in self.introspection.tables():
                 self.system_tables.register(table)
             self.schedulers = self._make_schedulers()
             self.store.pressure = self.schedulers.press
@@ -252,6 +253,12 @@ class AppContext:
             register_installed(registry)
         return registry
 
+    def _logs_folder(self, path: Path | None) -> Path | None:
+        """Where log files are written; a database in memory writes none."""
+        if path is None:
+            return None
+        return Path(self.settings["logging.logs_path"] or path / "logs")
+
     def _make_jobs(self, path: Path | None) -> UnifiedJobManager:
         s = self.settings
         job_settings = JobSettings(
@@ -267,8 +274,8 @@ class AppContext:
             shutdown_timeout_s=s["shutdown.timeout_s"],
         )
         log = None
-        if path is not None:
-            folder = Path(s["logging.logs_path"]) if s["logging.logs_path"] else path / "logs"
+        folder = self._logs_folder(path)
+        if folder is not None:
             log = JobLogFile(
                 self.backend,
                 folder / "jobs.log",
@@ -290,7 +297,7 @@ class AppContext:
                 jobs=self.backend.jobs,
                 store=self.store,
                 settings=self.settings,
-                stats=lambda: self._introspection.figures(),
+                stats=lambda: self.introspection.figures(),
                 job_queues=self._job_manager.queues.table_rows,
                 job_executors=self.job_registry.table_rows,
                 job_schedules=self.schedules.table_rows,

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import datetime as dt
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, Final
 
 from kalamdb.backup import Backups
 from kalamdb.backup.restore import Probation
 from kalamdb.clock import Clock
 from kalamdb.jobs import UnifiedJobManager
+from kalamdb.machine import machine_figures
 from kalamdb.sql.engine import Engine
 from kalamdb.sql.session import Session
 from kalamdb.storage.directory import DataDirectory
 from kalamdb.system import INFORMATION_SCHEMA, SYSTEM, SystemTable, columns_of
+from kalamdb.system.node import CLUSTER_ID, NODE_ID, NodeFacts, node_tables
 from kalamdb.tables.store import TableStore
 from kalamdb.types import TableId
 from kalamdb.version import VERSION
@@ -34,6 +36,25 @@ _ENGINE_TABLES = {
     "parameter_mode T?, parameter_name T?, data_type T?, parameter_default T?, is_variadic BOOL?, rid BIGINT?",
 }
 """Tables of information_schema that describe the engine."""
+Figures = Mapping[str, object]
+_OF_A_SERVER: Final[Figures] = dict.fromkeys(
+    (
+        "total_live_queries", "active_connections", "active_connections_peak", "active_subscriptions",
+        "active_subscriptions_peak", "websocket_sessions", "websocket_sessions_peak", "server_workers_configured",
+        "server_workers_effective", "max_connections", "max_connections_configured", "connection_backlog",
+        "worker_max_blocking_threads",
+    ),
+    0,
+)  # fmt: skip
+"""Figures that a server says; a database that is not served has none of what they count."""
+_ABSENT: Final[Figures] = {
+    "topic_cache_topic_count": 0, "topic_cache_table_route_count": 0, "topic_cache_total_routes": 0,
+    "string_interner_unique_strings": 0, "server_build_date": "", "server_git_branch": "", "server_git_commit": "",
+    "cluster_mode": "standalone", "cluster_id": CLUSTER_ID, "cluster_rpc_addr": "",
+    "cluster_api_addr": "", "node_id": NODE_ID,
+    "user_shards": 1, "shared_shards": 1, "raft_group_count": 0,
+}  # fmt: skip
+"""Figures of the original about what there is once, or not at all, here."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,17 +71,29 @@ class Introspection:
     probation: Probation | None
     made_s: float
     """When the database was opened, by the monotonic clock."""
+    users_counted: Callable[[], int]
+    logs_folder: Path | None
+    """Where the server writes its log files."""
+    sources: list[Callable[[], Figures]] = field(default_factory=list)
+    """More figures, of a server; they replace those of the same name."""
 
     def figures(self) -> Mapping[str, object]:
         """Figures by name, for system.stats."""
         uptime_s = int(self.clock.monotonic_s() - self.made_s)
-        return {
+        found: dict[str, object] = {
+            **_OF_A_SERVER,
+            **_ABSENT,
+            **machine_figures(),
             **self.store.backend.stats(),
             "server_version": VERSION,
             "server_uptime_seconds": uptime_s,
             "server_uptime_human": str(dt.timedelta(seconds=uptime_s)),
-            "cpu_logical_cores": os.cpu_count() or 1,
+            "total_users": self.users_counted(),
+            "schema_cache_size": self.store.layouts_kept,
+            "schema_cache_total_entries": self.store.layouts_kept,
+            "schema_registry_size": len(self.store.catalog.tables()),
             "datafusion_query_parallelism": self.engine.limits.target_partitions,
+            "datafusion_max_partitions": self.engine.limits.target_partitions,
             "datafusion_memory_limit_mb": self.engine.limits.memory_bytes_max >> 20,
             "plan_cache_size": self.session.plans_cached,
             "open_transactions": len(self.session.open_transactions()),
@@ -69,6 +102,9 @@ class Introspection:
             "abandoned_job_threads": self.manager.runner.abandoned_threads,
             **self._of_restores(),
         }
+        for source in self.sources:
+            found.update(source())
+        return found
 
     def _of_restores(self) -> Mapping[str, object]:
         found: dict[str, object] = {}
@@ -86,6 +122,14 @@ class Introspection:
     def tables(self) -> Iterator[SystemTable]:
         """The system tables over these parts."""
         yield SystemTable(TableId(SYSTEM, "transactions"), _TRANSACTIONS, lambda _: self._transactions())
+        yield from node_tables(
+            NodeFacts(
+                figures=self.figures,
+                head=self.store.backend.head,
+                version=VERSION,
+                logs_folder=self.logs_folder,
+            )
+        )
         for name, columns in _ENGINE_TABLES.items():
             rows = partial(self._of_engine, name)
             yield SystemTable(TableId(INFORMATION_SCHEMA, name), columns_of(columns), rows)

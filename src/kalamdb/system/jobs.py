@@ -16,6 +16,10 @@ _JOBS: Final = columns_of(
     "leader_node_id BIGINT?, attempt INT, progress JSON?, checkpoint JSON?, result JSON?, lease_id BIGINT?, hold T?, "
     "run_at TS, created_by T, timeout_s DOUBLE?, on_interrupt T"
 )
+_JOB_NODES: Final = columns_of(
+    "job_id T, node_id BIGINT, status T, error_message T?, created_at TS, started_at TS?, finished_at TS?, "
+    "updated_at TS"
+)
 _JOB_EVENTS: Final = columns_of("job_id T, event_number BIGINT, created_at TS, level T, message T")
 _JOB_ATTEMPTS: Final = columns_of(
     "job_id T, attempt INT, outcome T?, started_at TS, finished_at TS?, message T?, exception_trace T?, result JSON?, "
@@ -40,13 +44,14 @@ _EVENTS_MAX: Final = 1_000_000
 def job_tables(
     jobs: JobStore, queues: Callable[[], Rows], executors: Callable[[], Rows], schedules: Callable[[], Rows]
 ) -> list[SystemTable]:
-    """jobs, job_events, job_attempts, job_queues, job_executors, job_schedules."""
+    """jobs, job_nodes, job_events, job_attempts, job_queues, job_executors, job_schedules."""
     return [
         SystemTable(TableId(SYSTEM, "job_attempts"), _JOB_ATTEMPTS, lambda filters: _attempt_rows(jobs, filters)),
         SystemTable(TableId(SYSTEM, "job_queues"), _JOB_QUEUES, lambda _: queues()),
         SystemTable(TableId(SYSTEM, "job_executors"), _JOB_EXECUTORS, lambda _: executors()),
         SystemTable(TableId(SYSTEM, "job_schedules"), _JOB_SCHEDULES, lambda _: schedules()),
         SystemTable(TableId(SYSTEM, "jobs"), _JOBS, lambda filters: map(_job_row, _chosen(jobs, filters))),
+        SystemTable(TableId(SYSTEM, "job_nodes"), _JOB_NODES, lambda filters: map(_node_row, _chosen(jobs, filters))),
         SystemTable(TableId(SYSTEM, "job_events"), _JOB_EVENTS, lambda filters: _event_rows(jobs, filters)),
     ]
 
@@ -68,6 +73,13 @@ def _chosen(jobs: JobStore, filters: Filters) -> list[JobRow]:
             limit=None,
         )
     )
+
+
+def _node_row(job: JobRow) -> Sequence[Any]:
+    """The one node that runs a job."""
+    error = job.message if job.status is JobStatus.FAILED else None
+    times = (job.created_at, job.started_at, job.finished_at, job.updated_at)
+    return (job.job_id, job.node_id, job.status.value, error, *times)
 
 
 def _only(filters: Filters, column: str) -> str | None:

@@ -50,10 +50,13 @@ _TEMPLATE: Final = "{namespace}/{tableName}"
 
 
 def catalog_tables(catalog: Catalog, system_tables: SystemTables, segments_directory: str) -> list[SystemTable]:
-    """namespaces, schemas, tables, columns, describe, storages, datatypes."""
+    """namespaces, schemas and its twin, tables, columns, describe, storages, datatypes."""
     return [
         SystemTable(TableId(SYSTEM, "namespaces"), _NAMESPACES, lambda _: _namespace_rows(catalog, system_tables)),
         SystemTable(TableId(SYSTEM, "schemas"), SCHEMAS, lambda filters: _schema_rows(catalog, system_tables, filters)),
+        SystemTable(
+            TableId(SYSTEM, "table_schemas"), SCHEMAS, lambda filters: _schema_rows(catalog, system_tables, filters)
+        ),
         SystemTable(TableId(SYSTEM, "tables"), _TABLES, lambda filters: _table_rows(catalog, system_tables, filters)),
         SystemTable(
             TableId(SYSTEM, "columns"),

@@ -19,7 +19,7 @@ _USERS: Final = columns_of(
 _AUDIT_LOG: Final = columns_of(
     "audit_id T, timestamp TS, actor_user_id T, action T, target T, details T?, ip_address T?, subject_user_id T?"
 )
-_REDACTED: Final = "[REDACTED]"
+_HIDDEN: Final = "***"
 
 
 def user_tables(
@@ -36,7 +36,7 @@ def _user_row(user: UserRecord) -> tuple[object, ...]:
     # A hash can be guessed against at leisure, so nobody is shown one.
     return (
         user.user_id,
-        _REDACTED if user.password_hash else "",
+        _HIDDEN if user.password_hash else "",
         user.role.value,
         user.email,
         user.auth_type.value,

@@ -344,6 +344,11 @@ class TableStore:
 
     # Layouts and figures
 
+    @property
+    def layouts_kept(self) -> int:
+        """Schema versions whose layout is kept."""
+        return len(self._layouts)
+
     def layout(self, definition: TableDef) -> Layout:
         """The layout of this schema version."""
         key = (definition.uid, definition.version)
