@@ -15,7 +15,7 @@ from kalamdb.catalog import Catalog
 from kalamdb.check import check_database
 from kalamdb.clock import Clock, SystemClock, ulid, uuid_v7
 from kalamdb.config import Settings
-from kalamdb.files import FileOps, LocalFiles
+from kalamdb.files import FileOps
 from kalamdb.introspection import Introspection
 from kalamdb.jobs import JobRegistry, UnifiedJobManager
 from kalamdb.jobs.discovery import register_installed
@@ -42,13 +42,15 @@ from kalamdb.sql.query import Reader
 from kalamdb.sql.rows import Rows
 from kalamdb.sql.schedules import ScheduleAdmin
 from kalamdb.sql.session import Session
-from kalamdb.sql.statements import BackupStatement, ScheduleStatement, UserStatement
+from kalamdb.sql.statements import BackupStatement, ScheduleStatement, StorageStatement, UserStatement
+from kalamdb.sql.storages import StorageAdmin
 from kalamdb.sql.tokens import SqlLimits
 from kalamdb.sql.users import UserAdmin
 from kalamdb.storage import StorageBackend
 from kalamdb.storage.directory import DataDirectory
 from kalamdb.storage.kv import KvBackend
 from kalamdb.storage.memory import MemoryKv
+from kalamdb.storages import Storages
 from kalamdb.system import SystemSources, SystemTablesRegistry
 from kalamdb.system.users import user_tables
 from kalamdb.tables.maintenance import Maintenance
@@ -90,7 +92,7 @@ class AppContext:
         self._stopped = False
         with ExitStack() as stack:
             root = self._open_store(path, root, backend, operations, stack)
-            self._make_tables(LocalFiles(root, operations), root)
+            self._make_tables(root, operations)
             self.backups = self._make_backups(root, operations)
             self.probation = None if self.directory is None else self._make_probation(self.directory)
             self.job_registry = self._registry()
@@ -99,7 +101,7 @@ class AppContext:
                 self.backend, self._job_manager, self.clock, misfire_grace_s=settings["jobs.misfire_grace_s"]
             )
             self._adopt_restored()
-            self.system_tables = self._system(root)
+            self.system_tables = self._system()
             self.session = self._make_session()
             self.introspection = Introspection(
                 clock=self.clock, store=self.store, session=self.session, engine=self._engine,
@@ -136,11 +138,17 @@ class AppContext:
         assert root is not None
         return root
 
-    def _make_tables(self, files: LocalFiles, root: Path) -> None:
-        settings = self.settings
-        self.catalog = Catalog(self.backend, self.clock)
+    def _make_tables(self, root: Path, operations: FileOps | None) -> None:
+        settings, directory = self.settings, self.directory
+        self._database_uid = self.clock.random_bytes(8).hex() if directory is None else directory.database_uid
+        self.storages = Storages(
+            self.backend, self.clock, root, database_uid=self._database_uid,
+            home=root if directory is None else directory.path, operations=operations,
+        )  # fmt: skip
+        self.storages.start()
+        self.catalog = Catalog(self.backend, self.clock, self.storages)
         self.catalog.start()
-        self.store = TableStore(self.backend, self.catalog, files, self.clock, root, self._table_limits())
+        self.store = TableStore(self.backend, self.catalog, self.storages, self.clock, self._table_limits())
         self.store.start()
         self.users = Users(
             self.backend,
@@ -177,11 +185,11 @@ class AppContext:
     def _make_backups(self, root: Path, operations: FileOps | None) -> Backups:
         directory = self.directory
         if directory is None:
-            scratch, identity = root / ".checkpoints", DatabaseIdentity(self.clock.random_bytes(8).hex())
+            scratch, identity = root / ".checkpoints", DatabaseIdentity(self._database_uid)
         else:
             lineage = directory.origin.lineage if directory.origin is not None else ()
             scratch = directory.generation.path / "checkpoints"
-            identity = DatabaseIdentity(directory.database_uid, lineage)
+            identity = DatabaseIdentity(self._database_uid, lineage)
         backups = Backups(self.store, directory, scratch=scratch, identity=identity, operations=operations)
         backups.remove_scratch()
         return backups
@@ -290,7 +298,7 @@ class AppContext:
             workers=self._workers,
         )  # fmt: skip
 
-    def _system(self, root: Path) -> SystemTablesRegistry:
+    def _system(self) -> SystemTablesRegistry:
         registry = SystemTablesRegistry(
             SystemSources(
                 catalog=self.catalog,
@@ -301,7 +309,6 @@ class AppContext:
                 job_queues=self._job_manager.queues.table_rows,
                 job_executors=self.job_registry.table_rows,
                 job_schedules=self.schedules.table_rows,
-                segments_directory=str(root),
             )
         )
         for table in user_tables(self.users.all, lambda: audit_rows(self.backend)):
@@ -328,13 +335,17 @@ class AppContext:
         reader = Reader(self.store, self.catalog, engine, self.system_tables, s["limits.result_bytes_max"])
         rows = Rows(self.store, reader, self.clock)
         manager = self._job_manager
-        admin = Admin(self.store, self.catalog, reader, self.system_tables, manager, self.clock)
+        admin = Admin(
+            self.store, self.catalog, reader, self.system_tables, manager, self.clock,
+            retention_hours=s["retention.default_deleted_retention_hours"],
+        )  # fmt: skip
         self.rows = rows
         return Session(
             self.store, reader, rows, admin, JobAdmin(manager, self.store, reader), self.clock,
             runners={
                 UserStatement: UserAdmin(self.users, manager),
                 ScheduleStatement: ScheduleAdmin(self.schedules),
+                StorageStatement: StorageAdmin(self.storages, self.catalog),
                 BackupStatement: BackupAdmin(self.backups, manager),
             },
             limits=SqlLimits(

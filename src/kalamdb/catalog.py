@@ -45,6 +45,7 @@ from kalamdb.storage import (
     record_prefix,
     record_uid,
 )
+from kalamdb.storages import Storages
 from kalamdb.types import Seq, TableId, TableKind, TableUid
 
 CHANGE_ATTEMPTS = 16
@@ -77,6 +78,12 @@ class ViewDef(msgspec.Struct, frozen=True):
     created_at: int = 0
 
 
+class _Left(msgspec.Struct, frozen=True):
+    """What a dropped table leaves until it is cleaned up, as far as it matters here."""
+
+    definition: TableDef
+
+
 @dataclass(frozen=True, slots=True)
 class CatalogEntry:
     """A table as stored; `record_version` moves with each change and is the precondition of its writers."""
@@ -107,8 +114,9 @@ MakeCleanup = Callable[[TableDef], JobInsert]
 class Catalog:
     """See the module. Thread-safe."""
 
-    def __init__(self, backend: StorageBackend, clock: Clock) -> None:
+    def __init__(self, backend: StorageBackend, clock: Clock, storages: Storages) -> None:
         self._backend = backend
+        self._storages = storages
         self._clock = clock
         self._lock = threading.Lock()
         self._entries: dict[TableUid, CatalogEntry] = {}
@@ -235,8 +243,29 @@ class Catalog:
                 batch.records.append(RecordOp(key, None, self._views[view_id][1]))
             return batch
 
-        commit = self._repeat(change)
+        with self._storages.membership:
+            commit = self._repeat(change)
         return dropped, commit
+
+    def drop_storage(self, storage_id: str) -> None:
+        """Drop a storage in which no table lies. Raises NotFound, Conflict that names one that does, InvalidRequest
+        for `local`."""
+        with self._storages.membership:
+            for entry in self.tables():
+                if entry.definition.options.storage_id == storage_id:
+                    raise Conflict(
+                        f"storage '{storage_id}' is used by table '{entry.definition.table_id}'; drop its tables first"
+                    )
+            with self._backend.snapshot() as snapshot:
+                left = [record for _, record in snapshot.scan_records(*record_prefix(RecordKind.DROPPED))]
+            for record in left:
+                definition = msgspec.msgpack.decode(record.value, type=_Left).definition
+                if definition.options.storage_id == storage_id:
+                    raise Conflict(
+                        f"storage '{storage_id}' holds files of the dropped table '{definition.table_id}'; "
+                        "wait for its cleanup job"
+                    )
+            self._storages.drop(storage_id)
 
     def _require_namespace(self, name: str) -> tuple[NamespaceDef, Seq]:
         found = self._namespaces.get(name)
@@ -249,7 +278,7 @@ class Catalog:
     def create_table(
         self, spec: TableSpec, check: Callable[[TableDef], None] = lambda definition: None
     ) -> CatalogEntry:
-        """Make a table that `check` does not object to. Raises InvalidRequest, NotFound (namespace), Conflict
+        """Make a table that `check` does not object to. Raises InvalidRequest, NotFound (namespace, storage), Conflict
         (exists already), and what `check` raises."""
         table_id = TableId(spec.namespace, spec.name)
         definition = self._define(spec)
@@ -281,7 +310,9 @@ class Catalog:
                 ]
             )  # fmt: skip
 
-        self._repeat(change)
+        with self._storages.membership:
+            self._storages.get(spec.options.storage_id)
+            self._repeat(change)
         return self._entries[definition.uid]
 
     def alter_table(self, table_id: TableId, change: AlterChange, probe: RowProbe) -> tuple[CatalogEntry, str]:

@@ -21,10 +21,11 @@ from kalamdb.errors import Corrupt, KalamDbError
 from kalamdb.schema import TableDef
 from kalamdb.storage import HotRow, Record, RecordKind, Snapshot, keys, record_key, record_prefix
 from kalamdb.storage.kv_check import PROBLEMS_MAX, scope_problem
+from kalamdb.storages import LOCAL, MARK_NAME
 from kalamdb.tables.compact import gather
 from kalamdb.tables.layout import FLAGS, KEY, SEQ, Layout, decode_payload
 from kalamdb.tables.mirror import MIRROR_NAME
-from kalamdb.tables.segments import IntentRecord, Segment, SegmentRecord, segment_path, table_folder
+from kalamdb.tables.segments import IntentRecord, Segment, SegmentRecord
 from kalamdb.tables.store import TableStore
 from kalamdb.tables.sweep import DroppedTable
 from kalamdb.types import SHARED_SCOPE, RowFlags, Seq, TableId, TableKind, TableUid
@@ -94,7 +95,9 @@ class _Check:
     def run(self) -> None:
         # The listing comes first: a file that is seen had its intent before it, and the later snapshot
         # shows its record, its intent, or that it is nobody's.
-        listed = [Path(folder, name) for folder, _, names in os.walk(self.store.root) for name in names]
+        roots = self.store.storages.roots()
+        listed = [Path(folder, name) for root in roots for folder, _, names in os.walk(root) for name in names]
+        self._named.update(root / MARK_NAME for root in roots)
         with self.store.frozen() as moment:
             snapshot = moment.snapshot
             self._read_catalog(snapshot)
@@ -151,6 +154,9 @@ class _Check:
                 self._problem(f"{where} is not found by its name")
             if snapshot.records([record_key(RecordKind.NAMESPACE, definition.namespace)])[0] is None:
                 self._problem(f"{where} lies in namespace '{definition.namespace}', which does not exist")
+            storage = definition.options.storage_id
+            if storage != LOCAL and snapshot.records([record_key(RecordKind.STORAGE, storage)])[0] is None:
+                self._problem(f"{where} is kept in storage '{storage}', which does not exist")
             for version in range(1, definition.version + 1):
                 if (uid, version) not in self.schemas:
                     self._problem(f"{where} lacks its schema version {version} of {definition.version}")
@@ -171,7 +177,7 @@ class _Check:
             if intent is None:
                 continue
             self.report.intents += 1
-            self._named.add(segment_path(self.store.root, definition, intent.segment_id))
+            self._named.add(self.store.path_of(definition, intent.segment_id))
             where = f"the intent '{intent.segment_id}' of table '{definition.table_id}'"
             if record_key(RecordKind.INTENT, uid, intent.segment_id) != key:
                 self._problem(f"{where} is stored under another name")
@@ -187,10 +193,10 @@ class _Check:
                 continue
             if record_key(RecordKind.SEGMENT, uid, record.segment_id) != key:
                 self._problem(f"the record of segment '{record.segment_id}' is stored under another name")
-            path = segment_path(self.store.root, definition, record.segment_id)
+            path = self.store.path_of(definition, record.segment_id)
             found.append(Segment(uid, record, stored.version, path))
         self._named.update(segment.path for segment in found)
-        self._named.add(table_folder(self.store.root, definition) / MIRROR_NAME)
+        self._named.add(self.store.folder_of(definition) / MIRROR_NAME)
         self.report.segments += len(found)
         return found
 

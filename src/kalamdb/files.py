@@ -25,10 +25,23 @@ _REASONS = {
     errno.EIO: "the disk reports an input/output error; check it",
 }
 
+_SYSTEM_FOLDERS = (
+    "/etc", "/root", "/var/log", "/bin", "/boot", "/dev", "/lib", "/lib64", "/proc", "/sbin", "/sys", "/usr/bin",
+    "/usr/lib", "/usr/sbin", "c:/windows",
+)  # fmt: skip
 _UNLINKABLE = frozenset({errno.ENOENT, errno.EXDEV, errno.EMLINK, errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS})
 
 
 _MAKE_ATTEMPTS = 3
+
+
+def system_folder_of(text: str, path: Path) -> str | None:
+    """The folder of the operating system that a path lies in, as it is spelled, absolute or resolved."""
+    for one in (text.replace("\\", "/"), path.as_posix(), path.resolve().as_posix()):
+        for folder in _SYSTEM_FOLDERS:
+            if f"{one.lower()}/".startswith(f"{folder}/"):
+                return folder
+    return None
 
 
 class FileOps:
@@ -76,6 +89,7 @@ class LocalFiles:
 
     def __init__(self, root: Path, operations: FileOps | None = None) -> None:
         self._operations = operations or FileOps()
+        self._roots = {root}
         self._synced = {root}
         """Folders whose name this process saw on disk. One that is there may be of a process that was killed
         before it synced it, and not outlive a power cut."""
@@ -135,7 +149,15 @@ class LocalFiles:
                 if attempt == _MAKE_ATTEMPTS - 1:
                     raise
 
+    def add_root(self, root: Path) -> None:
+        """A further folder on disk, below which files are made. One that is gone is not made anew: it may be a
+        disk that is not mounted."""
+        self._roots.add(root)
+        self._synced.add(root)
+
     def _make(self, folder: Path) -> None:
+        if folder in self._roots and not folder.is_dir():
+            raise FileNotFoundError(errno.ENOENT, "the directory is gone; is it mounted?", str(folder))
         if folder in self._synced and folder.exists():
             return
         self._make(folder.parent)

@@ -314,3 +314,11 @@ def test_views_are_checked_when_they_are_made(db: Database) -> None:
     assert db.execute("DROP VIEW IF EXISTS app.v").message == "View app.v does not exist"
     refused(db, "DROP VIEW app.v")
     assert refused(db, "SELECT * FROM app.w") == "Table 'app.v' does not exist"
+
+
+def test_a_table_that_does_not_say_how_long_keeps_deleted_rows_as_the_setting_says() -> None:
+    with kalamdb.connect(":memory:", **{"retention.default_deleted_retention_hours": 5}) as db:
+        db.execute("CREATE TABLE a (id INT PRIMARY KEY)")
+        db.execute("CREATE TABLE b (id INT PRIMARY KEY) WITH (DELETED_RETENTION_HOURS = 7)")
+        found = {one.definition.name: one.definition.options for one in db.context.catalog.tables()}
+    assert (found["a"].deleted_retention_hours, found["b"].deleted_retention_hours) == (5, 7)

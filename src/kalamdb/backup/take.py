@@ -28,7 +28,6 @@ from kalamdb.storage import Batch, RecordKind, Snapshot, record_prefix
 from kalamdb.storage.directory import FORMAT_VERSION
 from kalamdb.tables.flush import JobHandle
 from kalamdb.tables.mirror import MIRROR_NAME, mirror_body
-from kalamdb.tables.segments import table_folder
 from kalamdb.tables.store import TableStore
 from kalamdb.types import Seq, TableKind
 
@@ -134,12 +133,13 @@ def _contents(store: TableStore, snapshot: Snapshot) -> _Contents:
         entry = CatalogEntry(definition, stored.version)
         state = store.state_in(snapshot, entry)
         segments = state.segments
+        root = store.root_of(definition)
         for segment in segments:
-            name = f"segments/{segment.path.relative_to(store.root).as_posix()}"
+            name = f"segments/{segment.path.relative_to(root).as_posix()}"
             sources.append(_Source(segment.path, name, segment.record.size_bytes, segment.record.crc32))
         if segments:
-            mirror = table_folder(store.root, definition) / MIRROR_NAME
-            name = f"segments/{mirror.relative_to(store.root).as_posix()}"
+            mirror = store.folder_of(definition) / MIRROR_NAME
+            name = f"segments/{mirror.relative_to(root).as_posix()}"
             body = mirror_body(entry, state)
             sources.append(_Source(mirror, name, len(body), body=body))
         is_stream = definition.kind is TableKind.STREAM

@@ -18,17 +18,13 @@ from typing import Any, Protocol
 from urllib.parse import unquote, urlsplit
 
 from kalamdb.errors import InvalidRequest, Unavailable
-from kalamdb.files import FileOps, LocalFiles
+from kalamdb.files import FileOps, LocalFiles, system_folder_of
 
 _CHUNK_BYTES = 1 << 22
 _PART_BYTES = 8 << 20
 _PATH_LENGTH_MAX = 4096
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 _OBJECT_SCHEMES = frozenset({"s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "memory"})
-_SYSTEM_FOLDERS = (
-    "/etc", "/root", "/var/log", "/bin", "/boot", "/dev", "/lib", "/lib64", "/proc", "/sbin", "/sys", "/usr/bin",
-    "/usr/lib", "/usr/sbin", "c:/windows",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,10 +251,9 @@ class Targets:
 
     def _refuse(self, text: str, path: Path) -> None:
         real = path.resolve()
-        for one in (text.replace("\\", "/"), path.as_posix(), real.as_posix()):
-            for folder in _SYSTEM_FOLDERS:
-                if f"{one.lower()}/".startswith(f"{folder}/"):
-                    raise InvalidRequest(f"Backup path '{text}' lies in the system directory {folder}")
+        folder = system_folder_of(text, path)
+        if folder is not None:
+            raise InvalidRequest(f"Backup path '{text}' lies in the system directory {folder}")
         if real == Path(real.anchor):
             raise InvalidRequest(f"Backup path '{text}' is the root of the filesystem; choose a directory in it")
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, assert_never
 
+import msgspec
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -41,6 +42,8 @@ class Admin:
         system: SystemTablesRegistry,
         manager: UnifiedJobManager,
         clock: Clock,
+        *,
+        retention_hours: int,
     ) -> None:
         self._store = store
         self._catalog = catalog
@@ -48,6 +51,8 @@ class Admin:
         self._system = system
         self._manager = manager
         self._clock = clock
+        self._retention_hours = retention_hours
+        """Of a table that does not say its own."""
 
     def run(self, statement: st.Statement, caller: Caller) -> Result:
         """Run one statement."""
@@ -116,8 +121,9 @@ class Admin:
             raise Denied(f"role {caller.role} may not create {kind.upper()} table '{table_id}'")
         if statement.if_not_exists and self._catalog.table(table_id) is not None:
             return Result(message=f"Table {table_id} already exists")
-        if statement.options.storage_id != "local":
-            raise InvalidRequest(f"Storage '{statement.options.storage_id}' does not exist")
+        options = statement.options
+        if not statement.retention_stated:
+            options = msgspec.structs.replace(options, deleted_retention_hours=self._retention_hours)
         spec = TableSpec(
             namespace=table_id.namespace,
             name=table_id.name,
@@ -125,7 +131,7 @@ class Admin:
             columns=statement.columns,
             primary_key=statement.primary_key,
             checks=statement.checks,
-            options=statement.options,
+            options=options,
         )
         self._catalog.create_table(spec, lambda definition: self._try_checks(definition, caller))
         return Result(message=f"Table {table_id} created successfully")
@@ -246,6 +252,8 @@ class Admin:
             case st.ShowKind.HISTORY:
                 assert statement.table is not None
                 return system.history(self._reader.resolve(statement.table, caller))
+            case st.ShowKind.STORAGES:
+                return system.show_storages(hidden=not caller.has(Role.DBA))
             case st.ShowKind.ALL:
                 return system.table(TableId("system", "settings"))
             case st.ShowKind.MANIFEST:

@@ -101,6 +101,8 @@ def required_role(statement: st.Statement) -> Role:
             return Role.DBA
         case st.DropTable() | st.TruncateTable() | st.SetOption() | st.UserStatement() | st.ScheduleStatement():
             return Role.DBA
+        case st.StorageStatement():
+            return Role.DBA
         case st.ControlJob() | st.ControlQueue() | st.ExplainJob() | st.CreateJob() | st.BackupStatement():
             return Role.DBA
         case st.Show(kind=st.ShowKind.ALL | st.ShowKind.COLUMNS | st.ShowKind.JOB):

@@ -19,6 +19,7 @@ from kalamdb.sql.cursor import Cursor
 from kalamdb.sql.parse_jobs import parse_call, parse_control, parse_job_id
 from kalamdb.sql.parse_table import parse_alter_table, parse_create_table, parse_options
 from kalamdb.sql.schedules import parse_schedule_statement
+from kalamdb.sql.storages import parse_storage_check, parse_storage_statement
 from kalamdb.sql.tokens import (
     SqlLimits,
     Token,
@@ -35,6 +36,7 @@ from kalamdb.types import TableKind
 _KINDS = {"USER": TableKind.USER, "SHARED": TableKind.SHARED, "STREAM": TableKind.STREAM}
 _USER_VERBS = frozenset(st.UserVerb)
 _SCHEDULE_VERBS = frozenset(st.ScheduleVerb)
+_STORAGE_VERBS = frozenset(st.StorageVerb) - {st.StorageVerb.CHECK}
 _QUERY_WORDS = frozenset({"SELECT", "WITH", "VALUES", "(", "FROM", "TABLE"})
 
 
@@ -63,6 +65,8 @@ def _parse_one(text: str, tokens: Sequence[Token]) -> st.Statement:
     word = tokens[0].upper or tokens[0].text
     if word in _USER_VERBS and cursor.peek(word, "USER") and not cursor.peek(word, "USER", "TABLE"):
         return parse_user_statement(cursor)
+    if word in _STORAGE_VERBS and cursor.peek(word, "STORAGE"):
+        return parse_storage_statement(cursor)
     if word in _SCHEDULE_VERBS and cursor.peek(word, "SCHEDULE"):
         return parse_schedule_statement(cursor)
     handler = _HANDLERS.get(word)
@@ -364,6 +368,8 @@ def _show(cursor: Cursor) -> st.Statement:
     elif cursor.accept("MANIFEST"):
         cursor.accept("CACHE")
         found = st.Show(sql, st.ShowKind.MANIFEST)
+    elif cursor.accept("STORAGES"):
+        found = st.Show(sql, st.ShowKind.STORAGES)
     elif cursor.accept("BACKUPS"):
         return parse_show_backups(cursor)
     elif cursor.accept("JOBS"):
@@ -371,7 +377,7 @@ def _show(cursor: Cursor) -> st.Statement:
     elif cursor.accept("JOB"):
         found = st.Show(sql, st.ShowKind.JOB, job_id=parse_job_id(cursor))
     else:
-        raise cursor.unexpected("NAMESPACES, TABLES, COLUMNS, STATS, MANIFEST, BACKUPS, JOBS, JOB or ALL")
+        raise cursor.unexpected("NAMESPACES, TABLES, COLUMNS, STATS, MANIFEST, STORAGES, BACKUPS, JOBS, JOB or ALL")
     cursor.end()
     return found
 
@@ -399,9 +405,11 @@ def _describe(cursor: Cursor) -> st.Statement:
 
 def _storage(cursor: Cursor) -> st.Statement:
     cursor.accept("STORAGE")
+    if cursor.accept("CHECK"):
+        return parse_storage_check(cursor)
     operation = "flush" if cursor.accept("FLUSH") else "compact" if cursor.accept("COMPACT") else ""
     if not operation:
-        raise cursor.unexpected("FLUSH or COMPACT")
+        raise cursor.unexpected("FLUSH, COMPACT or CHECK")
     if cursor.accept("ALL"):
         namespace = None
         if cursor.accept("IN"):

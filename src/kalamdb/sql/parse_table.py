@@ -246,7 +246,10 @@ def parse_create_table(cursor: Cursor, kind: TableKind | None) -> CreateTable:
     cursor.end()
     kind = _kind(kind, stated, table.name)
     options = table_options(kind, stated)
-    return CreateTable(cursor.sql, table, kind, if_not_exists, tuple(columns), primary_key, tuple(checks), options)
+    return CreateTable(
+        cursor.sql, table, kind, if_not_exists, tuple(columns), primary_key, tuple(checks), options,
+        "DELETED_RETENTION_HOURS" in stated,
+    )  # fmt: skip
 
 
 def _kind(kind: TableKind | None, stated: dict[str, Any], table: str) -> TableKind | None:

@@ -25,6 +25,8 @@ from kalamdb.sql.tokens import SqlLimits
 from kalamdb.tables.store import TableStore
 from kalamdb.tables.transaction import Transaction
 
+_SECRET = (st.UserStatement, st.StorageStatement)
+"""Texts that may hold a password or credentials are not kept."""
 _CACHED_TEXT_MAX = 10_000
 """Longer texts are not worth keeping: they hold their values."""
 
@@ -108,7 +110,7 @@ class Session:
                 self._cache.move_to_end(sql)
                 return known
         script = parse(sql, self._limits)
-        if len(sql) <= _CACHED_TEXT_MAX and not any(isinstance(one, st.UserStatement) for one in script.statements):
+        if len(sql) <= _CACHED_TEXT_MAX and not any(isinstance(one, _SECRET) for one in script.statements):
             with self._cache_lock:
                 self._cache[sql] = script
                 while len(self._cache) > self._cache_entries_max:

@@ -107,6 +107,8 @@ class CreateTable(Statement):
     primary_key: tuple[str, ...]
     checks: tuple[Check, ...]
     options: TableOptions
+    retention_stated: bool
+    """Whether the options say DELETED_RETENTION_HOURS."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,6 +264,7 @@ class ShowKind(StrEnum):
     ALL = "all"
     STATS = "stats"
     MANIFEST = "manifest"
+    STORAGES = "storages"
     DESCRIBE = "describe"
     HISTORY = "history"
     JOB = "job"
@@ -406,6 +409,30 @@ class ScheduleStatement(Statement):
     changes: dict[str, Expr]
     guard: bool
     """IF [NOT] EXISTS."""
+
+
+# Storages
+
+
+class StorageVerb(StrEnum):
+    """What is done to a storage."""
+
+    CREATE = "CREATE"
+    ALTER = "ALTER"
+    DROP = "DROP"
+    CHECK = "CHECK"
+
+
+@dataclass(frozen=True, slots=True)
+class StorageStatement(Statement):
+    """CREATE, ALTER or DROP STORAGE, STORAGE CHECK. Its text may hold credentials."""
+
+    verb: StorageVerb
+    name: str
+    clauses: dict[str, Expr]
+    """Fields of the storage."""
+    guard: bool
+    """IF [NOT] EXISTS; EXTENDED of CHECK."""
 
 
 # Backups

@@ -37,12 +37,15 @@ from kalamdb.system.standard import standard_tables
 from kalamdb.system.tables import (
     DESCRIBE,
     SCHEMAS,
+    STORAGES,
+    born_at,
     catalog_tables,
     describe_rows,
     describe_schema_rows,
     describe_system_rows,
     options_json,
     schema_row,
+    storage_rows,
     version_rows,
     wire_type,
 )
@@ -84,8 +87,6 @@ class SystemSources:
     settings: Settings
     stats: Callable[[], Mapping[str, object]]
     """Figures by name; shown together with those of the catalog and of the jobs."""
-    segments_directory: str
-    """Base directory of the storage `local`."""
     job_queues: Callable[[], Rows] = tuple
     """Rows of system.job_queues."""
     job_executors: Callable[[], Rows] = tuple
@@ -99,9 +100,10 @@ class SystemTablesRegistry:
 
     def __init__(self, sources: SystemSources) -> None:
         self._catalog = sources.catalog
+        self._storages = sources.store.storages
         self._tables: dict[TableId, SystemTable] = {}
         own = [
-            *catalog_tables(sources.catalog, self.tables, sources.segments_directory),
+            *catalog_tables(sources.catalog, self.tables, sources.store.storages),
             *job_tables(sources.jobs, sources.job_queues, sources.job_executors, sources.job_schedules),
             *standard_tables(sources.catalog, self.tables),
             SystemTable(TableId(SYSTEM, "manifest"), _MANIFEST, lambda _: _manifest_rows(sources.store)),
@@ -159,6 +161,10 @@ class SystemTablesRegistry:
         definitions = [entry.definition for entry in self._catalog.tables(namespace)]
         return arrow_table(SCHEMAS, (schema_row(definition, definition.version) for definition in definitions))
 
+    def show_storages(self, *, hidden: bool) -> pa.Table:
+        """SHOW STORAGES: rows of system.storages; `hidden` shows credentials as ***."""
+        return arrow_table(STORAGES, storage_rows(self._storages, born_at(self._catalog), hidden=hidden))
+
     def describe(self, table_id: TableId) -> pa.Table:
         """DESCRIBE TABLE: the columns of a table or system table. Raises NotFound."""
         found = self.find(table_id)
@@ -185,7 +191,7 @@ def _stats_rows(sources: SystemSources) -> list[tuple[str, str]]:
     figures: dict[str, object] = {
         "total_namespaces": len(sources.catalog.namespaces()),
         "total_tables": len(sources.catalog.tables()),
-        "total_storages": 1,
+        "total_storages": len(sources.store.storages.all()),
         "total_jobs": sum(counts.values()),
         **{f"jobs_{status.value}": count for status, count in counts.items()},
         **sources.stats(),

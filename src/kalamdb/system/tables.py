@@ -9,6 +9,8 @@ import pyarrow as pa
 
 from kalamdb.catalog import DEFAULT_NAMESPACE, Catalog, CatalogEntry
 from kalamdb.schema import ColumnDef, DataType, FlushPolicy, TableDef, TypeName
+from kalamdb.settings import HIDDEN
+from kalamdb.storages import Storages
 from kalamdb.system.shape import (
     SYSTEM,
     Filters,
@@ -41,15 +43,14 @@ _COLUMNS: Final = columns_of(
     "namespace_id T, table_name T, version BIGINT, column_id BIGINT, column_name T, comment T?, data_type T, "
     "default_value T?, ordinal BIGINT, nullable BOOL, primary_key BOOL, primary_key_pos BIGINT?"
 )
-_STORAGES: Final = columns_of(
+STORAGES: Final = columns_of(
     "storage_id T, storage_name T, description T?, storage_type T, base_directory T, credentials JSON?, "
     "config_json JSON?, shared_tables_template T, user_tables_template T, created_at TS, updated_at TS"
 )
 _DATATYPES: Final = columns_of("arrow_type T, kalam_type T, sql_name T, description T")
-_TEMPLATE: Final = "{namespace}/{tableName}"
 
 
-def catalog_tables(catalog: Catalog, system_tables: SystemTables, segments_directory: str) -> list[SystemTable]:
+def catalog_tables(catalog: Catalog, system_tables: SystemTables, storages: Storages) -> list[SystemTable]:
     """namespaces, schemas and its twin, tables, columns, describe, storages, datatypes."""
     return [
         SystemTable(TableId(SYSTEM, "namespaces"), _NAMESPACES, lambda _: _namespace_rows(catalog, system_tables)),
@@ -64,7 +65,7 @@ def catalog_tables(catalog: Catalog, system_tables: SystemTables, segments_direc
             lambda filters: _column_rows(catalog, system_tables, filters),
         ),
         SystemTable(TableId(SYSTEM, "describe"), DESCRIBE, lambda _: _all_descriptions(catalog)),
-        SystemTable(TableId(SYSTEM, "storages"), _STORAGES, lambda _: _storage_rows(catalog, segments_directory)),
+        SystemTable(TableId(SYSTEM, "storages"), STORAGES, lambda _: storage_rows(storages, born_at(catalog))),
         SystemTable(TableId(SYSTEM, "datatypes"), _DATATYPES, lambda _: _datatype_rows()),
     ]
 
@@ -85,7 +86,7 @@ def chosen(tables: SystemTables, filters: Filters, namespace: str = "namespace_i
             yield table
 
 
-def _born_at(catalog: Catalog) -> int:
+def born_at(catalog: Catalog) -> int:
     """When the database was made: milliseconds since 1970."""
     return next((one.created_at for one in catalog.namespaces() if one.name == DEFAULT_NAMESPACE), 0)
 
@@ -97,7 +98,7 @@ def _namespace_rows(catalog: Catalog, system_tables: SystemTables) -> Rows:
     for one in catalog.namespaces():
         yield one.name, one.name, one.created_at, one.options or None, counts.get(one.name, 0)
     own = sum(table.table_id.namespace == SYSTEM for table in system_tables())
-    yield SYSTEM, SYSTEM, _born_at(catalog), None, own
+    yield SYSTEM, SYSTEM, born_at(catalog), None, own
 
 
 # One row per schema version
@@ -110,12 +111,12 @@ def _schema_rows(catalog: Catalog, system_tables: SystemTables, filters: Filters
             yield schema_row(entry.definition, entry.definition.version)
         else:
             yield from version_rows(catalog, entry)
-    born_at = _born_at(catalog)
+    born = born_at(catalog)
     for table in chosen(system_tables, filters):
         name, namespace = table.table_id.name, table.table_id.namespace
         columns = [_system_column_json(at, column) for at, column in enumerate(table.columns, 1)]
-        head = (f"{namespace}:{name}", name, namespace, TableKind.SYSTEM.value, born_at, 1, columns)
-        yield (*head, None, born_at, None, None, True, None, None)
+        head = (f"{namespace}:{name}", name, namespace, TableKind.SYSTEM.value, born, 1, columns)
+        yield (*head, None, born, None, None, True, None, None)
 
 
 def version_rows(catalog: Catalog, entry: CatalogEntry) -> Rows:
@@ -284,10 +285,10 @@ def _table_rows(catalog: Catalog, system_tables: SystemTables, filters: Filters)
             json_text(options_json(one)),
         )
         yield (*head, one.comment, one.updated_at, one.created_at)
-    born_at = _born_at(catalog)
+    born = born_at(catalog)
     for table in chosen(system_tables, filters):
         name = table.table_id
-        yield (name.namespace, name.name, TableKind.SYSTEM.value, None, 1, None, None, born_at, born_at)
+        yield (name.namespace, name.name, TableKind.SYSTEM.value, None, 1, None, None, born, born)
 
 
 def _column_rows(catalog: Catalog, system_tables: SystemTables, filters: Filters) -> Rows:
@@ -359,10 +360,22 @@ def _all_descriptions(catalog: Catalog) -> Rows:
         yield from describe_rows(entry.definition)
 
 
-def _storage_rows(catalog: Catalog, directory: str) -> Rows:
-    born_at = _born_at(catalog)
-    head = ("local", "Local storage", "Segments in the data directory", "filesystem", directory, None, None)
-    yield (*head, _TEMPLATE, f"{_TEMPLATE}/{{userId}}", born_at, born_at)
+def storage_rows(storages: Storages, born_at: int, *, hidden: bool = False) -> Rows:
+    """All storages; `hidden` shows credentials as ***. `born_at`: when `local` was made."""
+    for one in storages.all():
+        yield (
+            one.storage_id,
+            one.name,
+            one.description,
+            one.kind.value,
+            one.base_directory,
+            HIDDEN if hidden and one.credentials is not None else one.credentials,
+            one.config,
+            one.shared_tables_template,
+            one.user_tables_template,
+            one.created_at or born_at,
+            one.updated_at or born_at,
+        )
 
 
 _DESCRIPTIONS: Final = {

@@ -33,7 +33,7 @@ from kalamdb.storage import (
 )
 from kalamdb.tables.layout import KEY
 from kalamdb.tables.mirror import write_mirror
-from kalamdb.tables.segments import IntentRecord, SegmentRecord, matches, segment_path, write_segment
+from kalamdb.tables.segments import IntentRecord, SegmentRecord, matches, write_segment
 from kalamdb.tables.store import Moment, TableState, TableStore, Version, Watch
 from kalamdb.types import RowFlags, Scope, Seq
 
@@ -90,7 +90,7 @@ class Naming:
         except BaseException:
             store.drafting.discard(segment_id)
             raise
-        return segment_id, segment_path(store.root, self._entry.definition, segment_id)
+        return segment_id, store.path_of(self._entry.definition, segment_id)
 
     def release(self, segment_id: str) -> RecordOp:
         """The operation that ends the intent; part of the commit that publishes the file."""
@@ -107,7 +107,7 @@ class Naming:
         """Take the names back, then remove the files. What fails here is left to the sweep."""
         store = self._store
         for segment_id in list(self._names):
-            path = segment_path(store.root, self._entry.definition, segment_id)
+            path = store.path_of(self._entry.definition, segment_id)
             try:
                 store.commit(Batch(records=[self.release(segment_id)], names_files=True))
                 store.files.unlink(path)
@@ -141,7 +141,7 @@ def publish(
     for record in records:
         key = record_key(RecordKind.SEGMENT, uid, record.segment_id)
         ops += [RecordOp(key, msgspec.msgpack.encode(record), ABSENT), names.release(record.segment_id)]
-        store.files.check_size(segment_path(store.root, entry.definition, record.segment_id), record.size_bytes)
+        store.files.check_size(store.path_of(entry.definition, record.segment_id), record.size_bytes)
     return ops
 
 

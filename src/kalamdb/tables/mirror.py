@@ -11,7 +11,7 @@ import msgspec
 
 from kalamdb.catalog import CatalogEntry
 from kalamdb.errors import KalamDbError
-from kalamdb.tables.segments import Segment, table_folder
+from kalamdb.tables.segments import Segment
 from kalamdb.tables.store import TableState, TableStore
 from kalamdb.types import TableKind
 
@@ -71,7 +71,7 @@ def mirror_body(entry: CatalogEntry, state: TableState) -> bytes:
 def write_mirror(store: TableStore, entry: CatalogEntry) -> None:
     """Bring the mirror of a table up to date. A failure is logged: the next change writes it again."""
     uid = entry.definition.uid
-    path = table_folder(store.root, entry.definition) / MIRROR_NAME
+    path = store.folder_of(entry.definition) / MIRROR_NAME
     # One at a time, with the state read inside: an older one never replaces a newer one, and of many that
     # wait the first does the work of all.
     with store.mirroring:

@@ -20,7 +20,6 @@ import msgspec
 from kalamdb.catalog import Catalog, CatalogEntry
 from kalamdb.clock import Clock
 from kalamdb.errors import LimitExceeded, NotFound, TransactionConflict, Unavailable
-from kalamdb.files import LocalFiles
 from kalamdb.schema import TableDef
 from kalamdb.storage import (
     ABSENT,
@@ -39,9 +38,10 @@ from kalamdb.storage import (
     record_prefix,
     record_uid,
 )
+from kalamdb.storages import LOCAL, Storages
 from kalamdb.tables.hot import Chunk, HotCache, HotView, above, chunks_of
 from kalamdb.tables.layout import Layout, Row, read_payload, row_at
-from kalamdb.tables.segments import Found, Segment, SegmentCache, SegmentRecord, segment_path
+from kalamdb.tables.segments import Found, Segment, SegmentCache, SegmentRecord, segment_path, table_folder
 from kalamdb.types import SHARED_SCOPE, RowFlags, Scope, Seq, TableKind, TableUid
 
 T = TypeVar("T")
@@ -211,18 +211,17 @@ class TableStore:
         self,
         backend: StorageBackend,
         catalog: Catalog,
-        files: LocalFiles,
+        storages: Storages,
         clock: Clock,
-        root: Path,
         limits: TableLimits,
     ) -> None:
         self.backend = backend
         self.catalog = catalog
-        self.files = files
+        self.storages = storages
+        self.files = storages.files
         self.clock = clock
-        self.root = root
         self.limits = limits
-        self.segments = SegmentCache(files, limits.segment_cache_bytes_max)
+        self.segments = SegmentCache(storages.files, limits.segment_cache_bytes_max)
         self.hot = HotCache(limits.hot_cache_bytes_max)
         self.process = clock.random_bytes(8).hex()
         self.pressure: Callable[[], None] = lambda: None
@@ -276,10 +275,27 @@ class TableStore:
         """The segments of a table that a snapshot names."""
         uid = entry.definition.uid
         return tuple(
-            Segment(uid, record, stored.version, segment_path(self.root, entry.definition, record.segment_id))
+            Segment(uid, record, stored.version, self.path_of(entry.definition, record.segment_id))
             for _, stored in snapshot.scan_records(*record_prefix(RecordKind.SEGMENT, uid))
             for record in [msgspec.msgpack.decode(stored.value, type=SegmentRecord)]
         )
+
+    @property
+    def root(self) -> Path:
+        """The folder of the storage `local`."""
+        return self.storages.root_of(LOCAL)
+
+    def root_of(self, definition: TableDef) -> Path:
+        """The folder of the storage that a table's segments lie in."""
+        return self.storages.root_of(definition.options.storage_id)
+
+    def folder_of(self, definition: TableDef) -> Path:
+        """The folder of one incarnation of a table."""
+        return table_folder(self.root_of(definition), definition)
+
+    def path_of(self, definition: TableDef, segment_id: str) -> Path:
+        """Where a segment's file lies."""
+        return segment_path(self.root_of(definition), definition, segment_id)
 
     # Following the commits
 
@@ -338,7 +354,7 @@ class TableStore:
             entry = self.catalog.by_uid(uid)
             if entry is None:
                 return
-            path = segment_path(self.root, entry.definition, record.segment_id)
+            path = self.path_of(entry.definition, record.segment_id)
             segments.append(Segment(uid, record, seq, path))
         self._states[uid] = replace(state, segments=tuple(segments))
 

@@ -23,7 +23,7 @@ from kalamdb.storage import (
 from kalamdb.storage.jobs import JobFilter, JobStatus
 from kalamdb.tables.flush import JobHandle
 from kalamdb.tables.mirror import MIRROR_NAME
-from kalamdb.tables.segments import IntentRecord, SegmentRecord, segment_path, table_folder
+from kalamdb.tables.segments import IntentRecord, SegmentRecord
 from kalamdb.tables.store import TableStore
 from kalamdb.types import JobId, TableUid
 
@@ -88,7 +88,7 @@ def _remove_dropped(store: TableStore, uid: TableUid, job: JobHandle) -> tuple[C
     files = bytes_ = 0
     for segment_id, _, size in named:
         store.drafting.discard(segment_id)
-        store.segments.unlink(segment_id, segment_path(store.root, definition, segment_id))
+        store.segments.unlink(segment_id, store.path_of(definition, segment_id))
         files += size > 0
         bytes_ += size
     bytes_ += _remove_folder(store, definition)
@@ -112,10 +112,10 @@ def _named(snapshot: Snapshot, uid: TableUid) -> list[tuple[str, RecordOp, int]]
 
 
 def _remove_folder(store: TableStore, definition: TableDef) -> int:
-    return sum(_empty_folder(store, table_folder(store.root, definition)))
+    return sum(_empty_folder(store, store.folder_of(definition), store.root_of(definition)))
 
 
-def _empty_folder(store: TableStore, folder: Path) -> list[int]:
+def _empty_folder(store: TableStore, folder: Path, root: Path) -> list[int]:
     """Remove a folder that no table owns; the bytes of each file that was in it."""
     freed = []
     # Under the lock of the mirror: who waits to write it finds the table gone, and makes no folder anew.
@@ -123,7 +123,7 @@ def _empty_folder(store: TableStore, folder: Path) -> list[int]:
         for path in store.files.names(folder):
             freed.append(store.files.size(path))
             store.files.unlink(path)
-        store.files.remove_empty(folder, stop=store.root)
+        store.files.remove_empty(folder, stop=root)
     return freed
 
 
@@ -175,7 +175,7 @@ def _take_up(store: TableStore, uid: TableUid, job: JobHandle) -> CleanupReport:
 
 
 def _sweep_table(store: TableStore, definition: TableDef, job: JobHandle) -> CleanupReport:
-    mirror = table_folder(store.root, definition) / MIRROR_NAME
+    mirror = store.folder_of(definition) / MIRROR_NAME
     unfinished = store.files.temporary(mirror)
     with store.mirroring:
         # Nobody writes the mirror now, so this is what a crash left.
@@ -228,7 +228,8 @@ def _end_intent(store: TableStore, key: bytes, stored: Record, job: JobHandle) -
 def _sweep_strangers(store: TableStore, known: set[str]) -> list[int]:
     """Folders of uids that are neither live nor waiting for their cleanup."""
     freed: list[int] = []
-    for folder in store.files.folders(store.root, depth=3):
+    listed = [(root, folder) for root in store.storages.roots() for folder in store.files.folders(root, depth=3)]
+    for root, folder in listed:
         if folder.name in known or not folder.name.isdigit():
             continue
         uid = TableUid(int(folder.name))
@@ -236,7 +237,7 @@ def _sweep_strangers(store: TableStore, known: set[str]) -> list[int]:
             table, dropped = snapshot.records([record_key(RecordKind.TABLE, uid), record_key(RecordKind.DROPPED, uid)])
         if table is not None or dropped is not None:
             continue
-        freed += _empty_folder(store, folder)
+        freed += _empty_folder(store, folder, root)
     return freed
 
 
