@@ -11,10 +11,11 @@ from typing import Any
 from kalamdb.backup import Backups, DatabaseIdentity
 from kalamdb.backup.adopt import adopt
 from kalamdb.backup.restore import Probation, waiting_generation
-from kalamdb.catalog import Catalog
+from kalamdb.catalog import DEFAULT_NAMESPACE, Catalog
 from kalamdb.check import check_database
 from kalamdb.clock import Clock, SystemClock, ulid, uuid_v7
 from kalamdb.config import Settings
+from kalamdb.dba import StatsSampler
 from kalamdb.files import FileOps
 from kalamdb.introspection import Introspection
 from kalamdb.jobs import JobRegistry, UnifiedJobManager
@@ -33,9 +34,11 @@ from kalamdb.jobs.scheduler import Schedulers
 from kalamdb.jobs.schedules import JobSchedules
 from kalamdb.jobs.settings import JobSettings
 from kalamdb.jobs.workers import WorkersFactory
+from kalamdb.result import Result
 from kalamdb.service import Loop
 from kalamdb.sql.admin import Admin
 from kalamdb.sql.backups import BackupAdmin
+from kalamdb.sql.caller import Caller, Params
 from kalamdb.sql.engine import Engine, EngineLimits
 from kalamdb.sql.jobs import JobAdmin
 from kalamdb.sql.query import Reader
@@ -51,12 +54,13 @@ from kalamdb.storage.directory import DataDirectory
 from kalamdb.storage.kv import KvBackend
 from kalamdb.storage.memory import MemoryKv
 from kalamdb.storages import Storages
-from kalamdb.system import SystemSources, SystemTablesRegistry
+from kalamdb.system import SystemSources, SystemTablesRegistry, figure_rows
 from kalamdb.system.users import user_tables
 from kalamdb.tables.maintenance import Maintenance
 from kalamdb.tables.store import TableLimits, TableStore
 from kalamdb.tables.write import snowflake_id
-from kalamdb.users import Users, audit_rows
+from kalamdb.types import Role
+from kalamdb.users import ROOT, Users, audit_rows
 
 _REMOVAL_INTERVAL_S = 1.0
 _SCHEDULER_IDLE_S = 60.0
@@ -111,6 +115,12 @@ class AppContext:
             )  # fmt: skip
             for table in self.introspection.tables():
                 self.system_tables.register(table)
+            self.sampler = StatsSampler(
+                self._execute, self.catalog, lambda: dict(figure_rows(self.system_sources)), self.clock,
+                sampled=settings["retention.enable_dba_stats"],
+                retention_days=settings["retention.dba_stats_retention_days"],
+            )  # fmt: skip
+            self.maintenance.remove_samples = self.sampler.remove_old
             self.schedulers = self._make_schedulers()
             self.store.pressure = self.schedulers.press
             self._remover = Loop("removal", lambda: self.backend.remove_retired(), _REMOVAL_INTERVAL_S, self.clock)
@@ -299,18 +309,17 @@ class AppContext:
         )  # fmt: skip
 
     def _system(self) -> SystemTablesRegistry:
-        registry = SystemTablesRegistry(
-            SystemSources(
-                catalog=self.catalog,
-                jobs=self.backend.jobs,
-                store=self.store,
-                settings=self.settings,
-                stats=lambda: self.introspection.figures(),
-                job_queues=self._job_manager.queues.table_rows,
-                job_executors=self.job_registry.table_rows,
-                job_schedules=self.schedules.table_rows,
-            )
+        self.system_sources = SystemSources(
+            catalog=self.catalog,
+            jobs=self.backend.jobs,
+            store=self.store,
+            settings=self.settings,
+            stats=lambda: self.introspection.figures(),
+            job_queues=self._job_manager.queues.table_rows,
+            job_executors=self.job_registry.table_rows,
+            job_schedules=self.schedules.table_rows,
         )
+        registry = SystemTablesRegistry(self.system_sources)
         for table in user_tables(self.users.all, lambda: audit_rows(self.backend)):
             registry.register(table)
         return registry
@@ -357,6 +366,10 @@ class AppContext:
             transaction_bytes_max=s["max_transaction_buffer_bytes"],
         )  # fmt: skip
 
+    def _execute(self, sql: str, params: Params) -> Result:
+        """Run SQL as the system."""
+        return self.session.execute(sql, Caller(ROOT, Role.SYSTEM, DEFAULT_NAMESPACE, params, self.clock.now_ms()))
+
     @property
     def job_manager(self) -> UnifiedJobManager:
         """The manager of all jobs of this database."""
@@ -398,6 +411,7 @@ class AppContext:
             stack.callback(self.schedules.stop)
             if self.probation is not None:
                 stack.callback(self.probation.stop)
+            stack.callback(self.sampler.stop)
 
 
 __all__ = ["AppContext"]

@@ -63,6 +63,7 @@ __all__ = [
     "SystemTablesRegistry",
     "arrow_table",
     "columns_of",
+    "figure_rows",
     "options_json",
     "wire_type",
 ]
@@ -108,7 +109,7 @@ class SystemTablesRegistry:
             *standard_tables(sources.catalog, self.tables),
             SystemTable(TableId(SYSTEM, "manifest"), _MANIFEST, lambda _: _manifest_rows(sources.store)),
             SystemTable(TableId(SYSTEM, "settings"), _SETTINGS, lambda _: _setting_rows(sources.settings)),
-            SystemTable(TableId(SYSTEM, "stats"), _STATS, lambda _: _stats_rows(sources)),
+            SystemTable(TableId(SYSTEM, "stats"), _STATS, lambda _: figure_rows(sources)),
         ]
         for table in own:
             self.register(table)
@@ -186,7 +187,8 @@ def _setting_rows(settings: Settings) -> Rows:
         yield one.key, settings.shown(one.key), one.help, one.category
 
 
-def _stats_rows(sources: SystemSources) -> list[tuple[str, str]]:
+def figure_rows(sources: SystemSources) -> list[tuple[str, str]]:
+    """Rows of system.stats: figures by name."""
     counts = {status: sources.jobs.count(status) for status in JobStatus}
     figures: dict[str, object] = {
         "total_namespaces": len(sources.catalog.namespaces()),

@@ -39,6 +39,8 @@ class Maintenance:
         self._users = users
         self.scrub_log: Callable[[str], None] = lambda name: None
         """Takes a name out of the log of jobs; set where there is one."""
+        self.remove_samples: Callable[[], None] = lambda: None
+        """Deletes figures that were kept long enough; set where there are some."""
         self._grace_ms = int(deletion_grace_period_days * _DAY_MS)
 
     def flush(self, table_uid: int, job: JobHandle, message: Message) -> FlushReport | None:
@@ -60,7 +62,9 @@ class Maintenance:
     def retain(
         self, table_uid: int | None, job: JobHandle, message: Message, *, retention_hours: float | None
     ) -> RetentionReport:
-        """See `retain_tables`."""
+        """See `retain_tables`; of all tables also samples of figures that are too old."""
+        if table_uid is None:
+            self.remove_samples()
         return retain_tables(self._store, _uid(table_uid), job, message, retention_hours=retention_hours)
 
     def evict_streams(self, table_uid: int | None, job: JobHandle, message: Message) -> EvictionReport:
