@@ -298,20 +298,29 @@ def test_a_backup_that_dies_at_any_step_on_files_counts_for_nothing(tmp_path: Pa
         files.steps.clear()
         take(target, Unwatched(), lambda found, where: "", incremental=True)
         steps = list(files.steps)
-        assert any(step.startswith("link ") for step in steps) and "fsync backup.json" in steps
+        assert any(step.startswith("link ") for step in steps) and "fsync .backup.json.tmp" in steps
         shutil.rmtree(tmp_path / "backups")
         first = take(target, Unwatched(), lambda found, where: "", incremental=False)
-        completed = steps.index("create backup.json")
-        for at in range(completed + 1):
+        # By number as far as the manifest, then by name: how many files the store has differs a little.
+        last = ["unlink .backup.json.tmp", "create .backup.json.tmp", "fsync .backup.json.tmp", "rename backup.json"]
+        for stop in [*range(steps.index(last[0])), *last]:
             files.steps.clear()
-            files.at = at
+            files.at = stop if isinstance(stop, int) else None
+
+            def die(step: str, stop: int | str = stop) -> None:
+                if step == stop or step == last[-1]:
+                    files.at = len(files.steps) - 1
+                    raise Stopped
+
+            files.on_step = die
             with pytest.raises(Stopped):
                 take(target, Unwatched(), lambda found, where: "", incremental=True)
-            files.at = None
+            files.at, files.on_step = None, lambda step: None
             entries = db.context.backups.entries(target)
-            assert [one.backup_id for one in entries if one.status == "complete"] == [first.backup_id]
-            for one in entries:
-                shutil.rmtree(one.where) if one.status != "complete" else None
+            assert [one.backup_id for one in entries if one.status != "incomplete"] == [first.backup_id]
+            assert db.context.backups.locate(target).manifest.backup_id == first.backup_id
+            for one in entries[1:]:
+                shutil.rmtree(one.where)
         assert db.check().ok
         source = backup(db, target, incremental=True)
     with connect(tmp_path / "data") as db:

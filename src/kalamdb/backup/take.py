@@ -105,7 +105,7 @@ def take_backup(
                 tables=contents.tables,
             )
             manifest = msgspec.structs.replace(manifest, message=message(manifest, target.where(backup_id)))
-            target.put(f"{backup_id}/{MANIFEST_NAME}", iter([encode_manifest(manifest)]))
+            target.publish(f"{backup_id}/{MANIFEST_NAME}", encode_manifest(manifest))
     except BaseException:
         with suppress(KalamDbError, OSError):
             remove_backup(target, backup_id)

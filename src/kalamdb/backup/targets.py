@@ -50,6 +50,10 @@ class Target(Protocol):
         """Write a new file, durable on return; nothing of it stays when `chunks` raises. Raises Unavailable."""
         ...
 
+    def publish(self, path: str, body: bytes) -> None:
+        """Write a small file in one step, durable on return: it is there whole or not at all. Raises Unavailable."""
+        ...
+
     def reuse(self, source: str, path: str, sha256: str) -> bool:
         """Let `path` be what `source` is, without sending its bytes; False when that cannot be done."""
         ...
@@ -90,6 +94,9 @@ class DirectoryTarget:
         with self._files.create(self.path / path) as file:
             for chunk in chunks:
                 file.write(chunk)
+
+    def publish(self, path: str, body: bytes) -> None:
+        self._files.replace(self.path / path, body)
 
     def reuse(self, source: str, path: str, sha256: str) -> bool:
         if not self._files.link(self.path / source, self.path / path):
@@ -144,6 +151,9 @@ class ObjectTarget:
 
         with self._translated(path):
             obstore.put(self._store, path, iter(chunks), chunk_size=_PART_BYTES)
+
+    def publish(self, path: str, body: bytes) -> None:
+        self.put(path, [body])
 
     def reuse(self, source: str, path: str, sha256: str) -> bool:
         import obstore
