@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,16 +159,6 @@ class StoppingFiles(FileOps):
     def rmdir(self, path: Path) -> None:
         self._step("remove folder", path)
         super().rmdir(path)
-
-
-class ExitingFiles(StoppingFiles):
-    """Ends the process at an operation that is called so."""
-
-    STATUS = 77
-
-    def __init__(self, step: str) -> None:
-        super().__init__()
-        self.on_step = lambda found: os._exit(self.STATUS) if found == step else None
 
 
 def restore_job(db: Database, source: Path | str) -> str:

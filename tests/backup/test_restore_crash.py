@@ -1,8 +1,10 @@
-"""A restore that is stopped anywhere leaves the old or the new database, never a mixture."""
+"""A restore that is stopped anywhere leaves the old or the new database, never a mixture.
+
+Processes that end at its named points are in `tests/crash/test_named_points.py`.
+"""
 
 from __future__ import annotations
 
-import multiprocessing
 import shutil
 from pathlib import Path
 
@@ -14,7 +16,6 @@ from kalamdb.config import Settings
 from kalamdb.testing.maintenance import Unwatched
 from tests.backup.support import (
     QUIET,
-    ExitingFiles,
     Image,
     Stopped,
     StoppingFiles,
@@ -134,31 +135,3 @@ def start_that_dies(path: Path, at: int) -> None:
             Probation(context.directory, list, context.clock).step()
     finally:
         context.stop()
-
-
-def child(path: Path, backups: Path, step: str, starts: bool) -> None:
-    """A process that ends at an operation on files."""
-    with connect_with(path, ExitingFiles(step)) as db:
-        if not starts:
-            db.jobs.wait(db.jobs.create_job("restore", {"path": str(backups)}).id, 20)
-        assert db.context.probation is not None
-        db.context.probation.over.wait(20)
-
-
-STAGING = ["create MANIFEST-000005", "create .ORIGIN.tmp", "rename ORIGIN", "fsync folder gen-2"]
-STARTING = ["create .CURRENT.tmp", "rename CURRENT", "fsync folder old", "unlink CURRENT", "remove folder gen-1"]
-
-
-@pytest.mark.parametrize("step", STAGING + STARTING)
-def test_a_process_that_ends_at_a_named_point_of_a_restore_leaves_one_of_the_two(world: Image, step: str) -> None:
-    starts = step in STARTING
-    if starts:
-        with connect(world.old) as db:
-            restore_job(db, world.backups)
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload([__name__])
-    process = server.Process(target=child, args=(world.old, world.backups, step, starts))
-    process.start()
-    process.join(40)
-    assert process.exitcode == ExitingFiles.STATUS
-    assert state(world.old) == (world.after if starts else world.before)

@@ -14,6 +14,15 @@ from kalamdb.testing.crash import DurableFiles, DurableKv, SteppedBackend, Stepp
 from tests.crash.support import Contents, EarlierClock, Operation, Work, contents, settings
 
 _WAIT_S = 20.0
+POINTS_MAX = 60
+"""At so many points CI stops an operation that has more; `make test-long` stops it at all."""
+
+
+def spread(count: int, most: int | None) -> list[int]:
+    """Up to `most` of the numbers below `count`, all when it is None; the first and the last are among them."""
+    if most is None or count <= most:
+        return list(range(count))
+    return [at * (count - 1) // (most - 1) for at in range(most)]
 
 
 class Image:
@@ -47,9 +56,12 @@ class Attempt:
         context = AppContext(
             None, settings(), backend=backend, operations=SteppedFiles(self.stop, self.files), root=root
         )
-        self.before = contents(context)
+        self.before: Contents = {}
+        """What was there, when nothing stops it."""
         self.after: Contents = {}
         try:
+            if at is None:
+                self.before = contents(context)
             operation(context)
             self.after = contents(context)
         except Stopped:

@@ -15,6 +15,7 @@ import pyarrow as pa
 import kalamdb
 import kalamdb.sql.engine  # noqa: F401 - imported before the fork, so that no child pays for it
 import kalamdb.storage.rocks  # noqa: F401
+from kalamdb.app_context import AppContext
 from kalamdb.database import Database
 from kalamdb.testing.crash import SteppedContext
 from tests.crash.support import settings as quiet
@@ -74,7 +75,7 @@ STOPPED = 77
 
 def stop_at(path: Path, operation: str, point: str | None, output: Connection) -> None:
     """Do one operation and stop dead at a point of it; without a point send the points that it passes."""
-    armed = False
+    armed = operation == "start"
     passed: list[str] = []
 
     def on_step(reached: str, path: Path | None) -> None:
@@ -90,7 +91,45 @@ def stop_at(path: Path, operation: str, point: str | None, output: Connection) -
     output.send(passed)
 
 
-def _run(db: Database, job_type: str, params: dict[str, Any]) -> None:
+def backups_beside(path: Path) -> str:
+    """Where a database of these tests has its backups."""
+    return str(path.parent / "backups")
+
+
+def params_of(job_type: str, path: Path) -> dict[str, Any]:
+    """Parameters with which each built-in executor finds something to do in the database at `path`."""
+    match job_type:
+        case "flush" | "compact":
+            return {"table_id": "app.t"}
+        case "cleanup":
+            return {"operation": "sweep"}
+        case "retention" | "stream_eviction":
+            return {}
+        case "user_cleanup":
+            return {"user_id": "bob"}
+        case "backup" | "restore":
+            return {"path": backups_beside(path)}
+        case _:
+            raise AssertionError(job_type)
+
+
+def work(path: Path, job_type: str, output: Connection) -> None:
+    """Run a job; send its id once it is accepted, then how it ended. After a restore open what it restored."""
+    with Database(AppContext(path, quiet())) as db:
+        job = db.jobs.create_job(job_type, params_of(job_type, path))
+        output.send(job.id)
+        status = str(db.jobs.wait(job.id, 60).status)
+    if job_type == "restore":
+        with Database(AppContext(path, quiet())) as db:
+            assert db.context.probation is not None
+            db.context.probation.over.wait(60)
+    output.send(status)
+    multiprocessing.Event().wait()
+
+
+def _run(db: Database, job_type: str, params: dict[str, Any] | None = None) -> None:
+    assert db.context.directory is not None
+    params = params_of(job_type, db.context.directory.path) if params is None else params
     job = db.jobs.wait(db.jobs.create_job(job_type, params).id, 60)
     assert job.status == "completed", f"{job.status}: {job.message}"
 
@@ -113,10 +152,20 @@ def _large_statement(db: Database) -> None:
     db.execute(f"INSERT INTO app.n VALUES {values} {conflict}", user="ann")
 
 
+def _start(db: Database) -> None:
+    assert db.context.probation is not None and db.context.probation.over.wait(60)
+
+
 OPERATIONS: dict[str, Callable[[Database], None]] = {
     "flush": _flush,
-    "compact": lambda db: _run(db, "compact", {"table_id": "app.t"}),
+    "compact": lambda db: _run(db, "compact"),
     "drop": _drop,
-    "sweep": lambda db: _run(db, "cleanup", {"operation": "sweep"}),
+    "sweep": lambda db: _run(db, "cleanup"),
     "large statement": _large_statement,
+    "retention": lambda db: _run(db, "retention"),
+    "stream_eviction": lambda db: _run(db, "stream_eviction"),
+    "user_cleanup": lambda db: _run(db, "user_cleanup"),
+    "backup": lambda db: _run(db, "backup"),
+    "restore": lambda db: _run(db, "restore"),
+    "start": _start,
 }

@@ -19,7 +19,7 @@ from kalamdb.jobs.manager import JobRequest
 from kalamdb.jobs.settings import JobSettings
 from kalamdb.sql.caller import Caller
 from kalamdb.storage import ABSENT, Batch, RecordKind, RecordOp, record_key
-from kalamdb.storage.jobs import Claim, JobMove, JobRow, JobStatus
+from kalamdb.storage.jobs import Claim, JobMove, JobRow, JobStatus, OnInterrupt
 from kalamdb.tables.maintenance import Maintenance
 from kalamdb.tables.segments import IntentRecord, segment_path
 from kalamdb.types import Role, TableId
@@ -32,7 +32,11 @@ Contents = dict[tuple[str, str], dict[int, str]]
 
 def settings(**given: Any) -> Settings:
     """No scheduler works beside the test; statements of more than eight rows become segments."""
-    quiet = {"flush.scheduler_enabled": False, "compaction.enabled": False, "limits.batch_rows_max": 8}
+    quiet = {
+        "flush.scheduler_enabled": False, "compaction.enabled": False, "limits.batch_rows_max": 8,
+        # To look for installed executors takes a tenth of such a test.
+        "jobs.entry_points_enabled": False,
+    }  # fmt: skip
     return Settings.load({**quiet, **{key.replace("__", "."): value for key, value in given.items()}}, environment={})
 
 
@@ -231,6 +235,52 @@ def judge(db: Database) -> None:
     }
     assert {str(path) for path in root.rglob("*.parquet")} == named
     assert [path for path in root.rglob("*.tmp")] == []
+
+
+def judge_jobs(db: Database) -> None:
+    """Every job has ended, well or as its policy for the death of the process says."""
+    for job in db.jobs.list_jobs(limit=None):
+        fails = db.context.job_registry.get_or_error(job.job_type).on_interrupt is OnInterrupt.FAIL
+        if job.status == "failed":
+            assert fails and job.message == "Server restarted during execution", f"{job.id}: {job.message}"
+        else:
+            assert job.status == "completed", f"{job.id} is {job.status}: {job.message}"
+
+
+def judge_copies(db: Database) -> None:
+    """Backups beside the database are whole or count for nothing; no generation and no copy is left over."""
+    directory, probation, backups = db.context.directory, db.context.probation, db.context.backups
+    assert directory is not None and probation is not None
+    assert probation.over.wait(30) and probation.problems == []
+    assert [path.name for path in directory.path.glob("gen-*")] == [directory.generation.name]
+    assert list(directory.generation.path.glob("checkpoints/*")) == []
+    for entry in backups.entries(str(directory.path.parent / "backups")):
+        assert entry.status in ("complete", "incomplete")
+        if entry.status == "complete":
+            backups.verify(entry.where)
+
+
+def no_deleted_row(db: Database) -> None:
+    """What retention leaves of `fill_old`."""
+    for table, user in (("app.t", "ann"), ("app.t", "bob"), ("app.s", "root")):
+        assert db.execute(f"SELECT id FROM {table} WHERE _deleted", user=user).rows == []
+
+
+def no_bucket(db: Database) -> None:
+    """What stream eviction leaves of `fill_old`."""
+    uid = db.context.catalog.require(TableId.parse("app.e")).definition.uid
+    with db.context.backend.snapshot() as snapshot:
+        assert list(snapshot.buckets(uid)) == []
+
+
+def no_bob(db: Database) -> None:
+    """What erasing bob leaves of `fill_old`; makes him anew."""
+    assert db.execute("SELECT count(*) FROM system.users WHERE user_id = 'bob'").scalar() == 0
+    assert db.execute("SELECT id FROM app.t WHERE _deleted OR NOT _deleted", user="bob").rows == []
+    # The mark is gone with the user: the name is free again.
+    db.execute("CREATE USER bob")
+    db.execute("INSERT INTO app.t VALUES (1, 'new')", user="bob")
+    db.execute("DELETE FROM app.t WHERE id = 1", user="bob")
 
 
 Operation = Callable[[AppContext], None]

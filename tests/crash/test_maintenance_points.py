@@ -10,7 +10,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,26 @@ from kalamdb.database import Database
 from kalamdb.storage.jobs import JobStatus
 from kalamdb.storage.kv import KvBackend
 from kalamdb.testing.crash import DurableKv
-from kalamdb.types import TableId
-from tests.crash.attempts import Attempt, Image, old_image
-from tests.crash.support import Contents, contents, fill_old, judge, run_job, settings, settle
+from tests.crash.attempts import POINTS_MAX, Attempt, Image, old_image, spread
+from tests.crash.support import (
+    Contents,
+    contents,
+    fill_old,
+    judge,
+    no_bob,
+    no_bucket,
+    no_deleted_row,
+    run_job,
+    settings,
+    settle,
+)
 
-_POINTS_MAX = 60
-_BACKUP_POINTS_MAX = 12
+MOST = pytest.mark.parametrize(
+    "most",
+    [POINTS_MAX, pytest.param(None, marks=[pytest.mark.long, pytest.mark.timeout(600)])],
+    ids=["sixty", "all"],
+)
+"""At how many points an operation is stopped."""
 
 
 @pytest.fixture(scope="module")
@@ -39,26 +52,6 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Image:
 def backups_of(context: AppContext) -> Path:
     """A target beside the segments."""
     return context.store.root.parent / "backups"
-
-
-def no_deleted_row(db: Database) -> None:
-    for table, user in (("app.t", "ann"), ("app.t", "bob"), ("app.s", "root")):
-        assert db.execute(f"SELECT id FROM {table} WHERE _deleted", user=user).rows == []
-
-
-def no_bucket(db: Database) -> None:
-    uid = db.context.catalog.require(TableId.parse("app.e")).definition.uid
-    with db.context.backend.snapshot() as snapshot:
-        assert list(snapshot.buckets(uid)) == []
-
-
-def no_bob(db: Database) -> None:
-    assert db.execute("SELECT count(*) FROM system.users WHERE user_id = 'bob'").scalar() == 0
-    assert db.execute("SELECT id FROM app.t WHERE _deleted OR NOT _deleted", user="bob").rows == []
-    # The mark is gone with the user: the name is free again.
-    db.execute("CREATE USER bob")
-    db.execute("INSERT INTO app.t VALUES (1, 'new')", user="bob")
-    db.execute("DELETE FROM app.t WHERE id = 1", user="bob")
 
 
 @dataclass(frozen=True)
@@ -85,15 +78,16 @@ REMOVALS = [
 ]
 
 
+@MOST
 @pytest.mark.parametrize("removal", REMOVALS, ids=lambda removal: removal.job_type)
 def test_a_removal_stopped_before_any_step_is_taken_up_and_loses_nothing_else(
-    image: Image, tmp_path: Path, removal: Removal, capsys: pytest.CaptureFixture[str]
+    image: Image, tmp_path: Path, removal: Removal, most: int | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = Attempt(image, tmp_path / "whole", removal.run, None)
     steps, reopened, taken_up = whole.stop.steps, 0, 0
     assert removal.without_erased(whole.after) == removal.without_erased(whole.before)
-    stride = ceil((len(steps) + 1) / _POINTS_MAX)
-    for at in range(0, len(steps) + 1, stride):
+    points = spread(len(steps) + 1, most)
+    for at in points:
         attempt = Attempt(image, tmp_path / str(at), removal.run, at)
         assert attempt.stop.steps[:at] == steps[:at]
         next_step = steps[at] if at < len(steps) else "the end"
@@ -104,7 +98,7 @@ def test_a_removal_stopped_before_any_step_is_taken_up_and_loses_nothing_else(
         shutil.rmtree(tmp_path / str(at))
     assert taken_up > 0
     with capsys.disabled():
-        print(f"\n{removal.job_type}: stopped before each of {len(steps)} steps, reopened {reopened} times")
+        print(f"\n{removal.job_type}: stopped at {len(points)} of {len(steps) + 1} points, reopened {reopened} times")
 
 
 def _taken_up(kv: DurableKv, root: Path, removal: Removal, whole: Attempt, where: str) -> bool:
@@ -130,8 +124,9 @@ def back_up(context: AppContext) -> None:
     run_job(context, "backup", {"path": str(backups_of(context))})
 
 
+@MOST
 def test_a_backup_stopped_before_any_step_is_whole_or_none(
-    image: Image, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    image: Image, tmp_path: Path, most: int | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = Attempt(image, tmp_path / "whole", back_up, None)
     steps = whole.stop.steps
@@ -140,8 +135,8 @@ def test_a_backup_stopped_before_any_step_is_whole_or_none(
     assert contents(restored) == whole.before
     restored.stop()
     seen = set()
-    points = {*range(0, len(steps) + 1, ceil(len(steps) / _BACKUP_POINTS_MAX)), *range(len(steps) - 6, len(steps) + 1)}
-    for at in sorted(points):
+    points = spread(len(steps) + 1, most)
+    for at in points:
         attempt = Attempt(image, tmp_path / str(at), back_up, at)
         _, kv, root = next(attempt.remains(tmp_path / str(at)))
         context = AppContext(None, settings(), backend=KvBackend(kv, SystemClock()), root=root)
@@ -149,6 +144,8 @@ def test_a_backup_stopped_before_any_step_is_whole_or_none(
         with Database(context) as db:
             assert contents(context) == whole.before, where
             assert db.check().problems == [], where
+            # One that nobody had claimed runs now.
+            settle(db)
             made = [job.status for job in db.jobs.list_jobs(job_type="backup")]
             listed = context.backups.entries(str(backups_of(context)))
             found = [entry for entry in listed if entry.manifest is not None]
@@ -165,4 +162,4 @@ def test_a_backup_stopped_before_any_step_is_whole_or_none(
         shutil.rmtree(tmp_path / str(at))
     assert {(0,), ("failed", 0), ("completed", 1)} <= seen
     with capsys.disabled():
-        print(f"\nbackup: {len(points)} of {len(steps)} steps; left: {sorted(map(str, seen))}")
+        print(f"\nbackup: stopped at {len(points)} of {len(steps) + 1} points; left: {sorted(map(str, seen))}")

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import io
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from kalamdb.app_context import AppContext
+from kalamdb.backup.restore import PENDING_KEY
 from kalamdb.config import Settings
 from kalamdb.files import FileOps
 from kalamdb.storage import Batch, Caps, Commit, CommitObserver, JobStore, RecordKind, Snapshot, StorageBackend
-from kalamdb.storage.jobs import Claim
+from kalamdb.storage.jobs import TERMINAL, Claim, JobMove
 from kalamdb.storage.memory import MemoryKv
 from kalamdb.types import Seq, TableUid
 
@@ -57,6 +58,12 @@ class StopAt:
 
 
 def _kind(path: Path) -> str:
+    """What a file is for: a segment, a mirror, one of the store, or one that decides, by its own name."""
+    if path.parent.name == "rocksdb" or path.parent.parent.name.endswith("checkpoints"):
+        return "store file"
+    name = path.name.removeprefix(".").removesuffix(".tmp")
+    if name in ("backup.json", "CURRENT", "ORIGIN"):
+        return name
     return {".parquet": "segment", ".tmp": "mirror", ".json": "mirror"}.get(path.suffix, "file")
 
 
@@ -145,8 +152,19 @@ def commit_name(batch: Batch) -> str:
         return "end of the dropped table"
     if gone & {RecordKind.SEGMENT, RecordKind.INTENT}:
         return "un-naming"
+    decided = {op.value is not None for op in batch.records if op.key == PENDING_KEY}
+    if decided:
+        return "decision to restore" if True in decided else "adoption"
+    if RecordKind.ERASING in put | gone:
+        return "mark of the erasure" if RecordKind.ERASING in put else "end of the user"
+    if batch.delete_scopes:
+        return "removal of the hot rows"
+    if batch.delete_buckets:
+        return "eviction"
     if batch.rows:
         return "rows"
+    if any(isinstance(job, JobMove) and job.changes.get("status") in TERMINAL for job in batch.jobs):
+        return "end of the job"
     return "job" if batch.jobs and not batch.records else "records"
 
 
@@ -221,10 +239,13 @@ class SteppedBackend:
         self.inner.purge(tables, records=records)
         self._on_step("after purge", None)
 
-    def checkpoint(self, path: Path, pin: Callable[[], None]) -> AbstractContextManager[Snapshot]:
+    @contextmanager
+    def checkpoint(self, path: Path, pin: Callable[[], None]) -> Iterator[Snapshot]:
         """See StorageBackend."""
         self._on_step("before checkpoint", path)
-        return self.inner.checkpoint(path, pin)
+        with self.inner.checkpoint(path, pin) as snapshot:
+            self._on_step("after checkpoint", path)
+            yield snapshot
 
     def head(self) -> Seq:
         """See StorageBackend."""
