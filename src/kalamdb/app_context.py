@@ -34,6 +34,7 @@ from kalamdb.jobs.scheduler import Schedulers
 from kalamdb.jobs.schedules import JobSchedules
 from kalamdb.jobs.settings import JobSettings
 from kalamdb.jobs.workers import WorkersFactory
+from kalamdb.live import LiveLimits, LiveQueries, LiveReader
 from kalamdb.result import Result
 from kalamdb.service import Loop
 from kalamdb.sql.admin import Admin
@@ -107,6 +108,7 @@ class AppContext:
             self._adopt_restored()
             self.system_tables = self._system()
             self.session = self._make_session()
+            self.live = self._make_live()
             self.introspection = Introspection(
                 clock=self.clock, store=self.store, session=self.session, engine=self._engine,
                 manager=self._job_manager, backups=self.backups, directory=self.directory, probation=self.probation,
@@ -341,7 +343,9 @@ class AppContext:
                 "ulid": lambda: ulid(self.clock),
             },
         )
-        reader = Reader(self.store, self.catalog, engine, self.system_tables, s["limits.result_bytes_max"])
+        self._reader = reader = Reader(
+            self.store, self.catalog, engine, self.system_tables, s["limits.result_bytes_max"]
+        )
         rows = Rows(self.store, reader, self.clock)
         manager = self._job_manager
         admin = Admin(
@@ -357,10 +361,7 @@ class AppContext:
                 StorageStatement: StorageAdmin(self.storages, self.catalog),
                 BackupStatement: BackupAdmin(self.backups, manager),
             },
-            limits=SqlLimits(
-                bytes_max=s["limits.sql_bytes_max"], tokens_max=s["limits.sql_tokens_max"],
-                depth_max=s["limits.sql_depth_max"], set_operands_max=s["limits.sql_set_operands_max"],
-            ),
+            limits=self._sql_limits(),
             cache_entries_max=s["execution.sql_plan_cache_max_entries"],
             transaction_timeout_s=s["transaction_timeout_secs"],
             transaction_bytes_max=s["max_transaction_buffer_bytes"],
@@ -369,6 +370,21 @@ class AppContext:
     def _execute(self, sql: str, params: Params) -> Result:
         """Run SQL as the system."""
         return self.session.execute(sql, Caller(ROOT, Role.SYSTEM, DEFAULT_NAMESPACE, params, self.clock.now_ms()))
+
+    def _sql_limits(self) -> SqlLimits:
+        s = self.settings
+        return SqlLimits(
+            bytes_max=s["limits.sql_bytes_max"], tokens_max=s["limits.sql_tokens_max"],
+            depth_max=s["limits.sql_depth_max"], set_operands_max=s["limits.sql_set_operands_max"],
+        )  # fmt: skip
+
+    def _make_live(self) -> LiveQueries:
+        return LiveQueries(
+            self.store, self.catalog, self.users,
+            LiveReader(self.store, self._reader, self.settings["live.resume_window_s"]), self.clock,
+            is_system=lambda table_id: self.system_tables.find(table_id) is not None,
+            limits=LiveLimits(), sql_limits=self._sql_limits(),
+        )  # fmt: skip
 
     @property
     def job_manager(self) -> UnifiedJobManager:
@@ -406,6 +422,7 @@ class AppContext:
             if self._job_manager.log is not None:
                 stack.callback(self._job_manager.log.stop)
             stack.callback(self._remover.stop)
+            stack.callback(self.live.stop)
             stack.callback(self._job_manager.stop)
             stack.callback(self.schedulers.stop)
             stack.callback(self.schedules.stop)

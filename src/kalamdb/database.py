@@ -19,6 +19,8 @@ from kalamdb.check import CheckReport, check_database
 from kalamdb.config import Settings
 from kalamdb.errors import Closed, Denied, InvalidRequest
 from kalamdb.jobs import Job, UnifiedJobManager
+from kalamdb.live import Change, LiveOptions, LiveRequest, Subscription, call_back
+from kalamdb.live.subscription import BATCH_ROWS
 from kalamdb.result import Result
 from kalamdb.sql import statements as st
 from kalamdb.sql.caller import Caller
@@ -194,6 +196,26 @@ class Database:
         columns = replace(columns, table=rows)
         return self._context.rows.insert_table(entry, columns, scopes, caller, conflict, transaction)
 
+    def subscribe(
+        self, sql: str, params: Params = None, *, user: str | None = None, role: str | Role | None = None,
+        namespace: str | None = None, callback: Callable[[Change], Any] | None = None, from_seq: int | None = None,
+        last_rows: int | None = None, snapshot: bool = False, batch_size: int = BATCH_ROWS,
+    ) -> Subscription:  # fmt: skip
+        """Follow the changes of the rows of a table that `SELECT * | columns FROM table [WHERE filter]` chooses.
+
+        From now on each change comes once, when it is durable, in commit order: iterate over the result, or let
+        `callback` be called in a thread of its own. Before them come the rows changed after `from_seq` and what was
+        deleted since, or the newest `last_rows`, or with `snapshot` all rows, read `batch_size` at a time.
+        Raises InvalidRequest, NotFound, Denied.
+        """
+        wanted = from_seq is not None or last_rows is not None or snapshot
+        options = LiveOptions(from_seq, last_rows, batch_size) if wanted else None
+        caller = self._caller(user, role, namespace, params, None)
+        found = Subscription(self._context.live, LiveRequest(sql, options), caller)
+        if callback is not None:
+            call_back(found, callback)
+        return found
+
     def session(
         self, *, user: str | None = None, role: str | Role | None = None, namespace: str | None = None
     ) -> BoundSession:
@@ -265,6 +287,10 @@ class BoundSession:
     ) -> AbstractContextManager[Iterator[pa.RecordBatch]]:
         """See Database.stream."""
         return self._database.stream(sql, params, timeout_s=timeout_s, **self._bound)
+
+    def subscribe(self, sql: str, params: Params = None, **options: Any) -> Subscription:
+        """See Database.subscribe."""
+        return self._database.subscribe(sql, params, **options, **self._bound)
 
     def transaction(self) -> AbstractContextManager[Transaction]:
         """See Database.transaction."""

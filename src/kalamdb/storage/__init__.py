@@ -7,7 +7,7 @@ and `kalamdb.testing.storage` holds each backend to it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
@@ -316,6 +316,11 @@ class Commit:
     """Those of them that were claimed, in the order to start them."""
     jobs_wait: bool = False
     """Whether some job may be claimed that could not be before."""
+    former: Sequence[bytes | None] = ()
+    """When rows of a table in `keep_former` were written: for each row of the batch the payload that it replaced,
+    b"" when there was none or a tombstone, None when only the segments know."""
+    removed: Sequence[bytes | None] = ()
+    """Likewise for each of Batch.delete_stream: the payload that it removed, None when there was none."""
 
 
 CommitObserver = Callable[[Batch, Commit], None]
@@ -413,6 +418,10 @@ class StorageBackend(Protocol):
 
     def observe(self, observer: CommitObserver) -> None:
         """Call `observer` on each later commit."""
+        ...
+
+    def keep_former(self, tables: Set[TableUid]) -> Seq:
+        """Let later commits carry what their rows of `tables` replace, and no others; the last `_seq` before them."""
         ...
 
     def next_numbers(self, name: str, count: int = 1) -> int:

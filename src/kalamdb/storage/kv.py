@@ -18,7 +18,7 @@ from __future__ import annotations
 import os
 import struct
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
@@ -51,6 +51,7 @@ from kalamdb.storage import (
     record_uid,
 )
 from kalamdb.storage.committer import Committer, refused
+from kalamdb.storage.former import ROW_HEADER, former_payloads
 from kalamdb.storage.job_index import JobIndex, Staged
 from kalamdb.storage.job_keys import JOB_SPACES
 from kalamdb.storage.jobs import Claim
@@ -67,7 +68,6 @@ _STREAM = bytes([Space.STREAM])
 _OUTCOME = bytes([Space.OUTCOME])
 _OUTCOME_AGE = bytes([Space.OUTCOME_AGE])
 _LAST_SEQ = _META + b"last_seq"
-_ROW_HEADER = struct.Struct(">QB")
 _NUMBER = struct.Struct(">Q")
 _NUMBER_BLOCK = 1024
 _OUTCOME_KEPT_MS = 24 * 3_600_000
@@ -203,7 +203,7 @@ def _record(value: bytes | None) -> Record | None:
 def _hot_row(key: bytes, value: bytes | None, watermark: Seq) -> HotRow | None:
     if value is None:
         return None
-    seq, flags = _ROW_HEADER.unpack_from(value)
+    seq, flags = ROW_HEADER.unpack_from(value)
     return HotRow(key, seq, flags, value[9:]) if seq > watermark else None
 
 
@@ -232,6 +232,7 @@ class KvBackend:
         # Reentrant: an observer and a claim's callback may read through the backend.
         self._lock = threading.RLock()
         self._observers: list[CommitObserver] = []
+        self._former_of: Set[TableUid] = frozenset()
         self._closed = False
         self._failure: str | None = None
         stored = kv.get(_LAST_SEQ)
@@ -296,6 +297,12 @@ class KvBackend:
         with self._lock:
             self._observers.append(observer)
 
+    def keep_former(self, tables: Set[TableUid]) -> Seq:
+        """See StorageBackend."""
+        with self._lock:
+            self._former_of = frozenset(tables)
+            return self._last
+
     def commit(self, batch: Batch) -> Commit:
         """See StorageBackend. A batch whose idempotency key is known is not applied again."""
         return self._commit(batch)
@@ -321,7 +328,8 @@ class KvBackend:
             # A lease that is gone is the first reason to refuse: what else does not hold follows from it.
             staged = prepared or self._jobs.stage(batch.jobs, claim)
             row_keys = _stored_keys(batch.rows)
-            found = self._check(batch, row_keys)
+            found, former = self._check(batch, row_keys)
+            removed = self._removed(batch)
             first = max(seq_at_ms(self._clock.now_ms()) | self._node_bits, self._last + 1)
             seqs = range(first, first + len(batch.rows))
             seq = max(first, first + len(batch.rows) + batch.reserve - 1)
@@ -330,7 +338,7 @@ class KvBackend:
             writes: list[Write] = staged.writes
             for op, key, seq_ in zip(batch.rows, row_keys, seqs, strict=True):
                 if op.bucket is None:
-                    writes.append((key, _ROW_HEADER.pack(seq_, op.flags) + op.payload))
+                    writes.append((key, ROW_HEADER.pack(seq_, op.flags) + op.payload))
                 else:
                     writes.append((key + _NUMBER.pack(seq_), op.payload))
             for gone in batch.delete_stream:
@@ -343,8 +351,9 @@ class KvBackend:
             for retire in batch.retire:
                 self._stage_retire(retire, seq, writes)
             commit = Commit(
-                seq, seqs, found, tuple(staged.ids), staged.rows, tuple(staged.claimed), bool(staged.joined)
-            )
+                seq, seqs, found, tuple(staged.ids), staged.rows, tuple(staged.claimed), bool(staged.joined),
+                former, removed,
+            )  # fmt: skip
             if batch.idempotency_key is not None:
                 self._stage_outcome(batch.idempotency_key, commit, writes)
             writes.append((_LAST_SEQ, _NUMBER.pack(seq)))
@@ -417,7 +426,7 @@ class KvBackend:
         # Read without the lock; what is dead stays dead unless it is overwritten, which is checked below.
         limit = max(1, min(rows_max, _REMOVAL_ROWS_MAX))
         seen = list(islice(self._kv.scan(*_row_range(uid, start)), limit))
-        dead = [key for key, value in seen if _ROW_HEADER.unpack_from(value)[0] <= watermark]
+        dead = [key for key, value in seen if ROW_HEADER.unpack_from(value)[0] <= watermark]
         with self._lock:
             self._check_writable()
             if uid not in self._removals:
@@ -425,7 +434,7 @@ class KvBackend:
             writes: list[Write] = [
                 (key, None)
                 for key, value in zip(dead, self._kv.get_many(dead), strict=True)
-                if value is not None and _ROW_HEADER.unpack_from(value)[0] <= watermark
+                if value is not None and ROW_HEADER.unpack_from(value)[0] <= watermark
             ]
             if self._watermarks.get(uid, 0) != watermark:
                 # Another flush came in between: what was passed may be dead by now.
@@ -513,8 +522,8 @@ class KvBackend:
             self._fail(str(exc))
             raise
 
-    def _check(self, batch: Batch, row_keys: Sequence[bytes]) -> list[Seq]:
-        """Expectations of the batch; returns the `_seq` of each row's hot version, 0 for none."""
+    def _check(self, batch: Batch, row_keys: Sequence[bytes]) -> tuple[list[Seq], Sequence[bytes | None]]:
+        """Expectations of the batch; returns the `_seq` of each row's hot version, 0 for none, and Commit.former."""
         checked = [op for op in batch.records if op.expect != ANY]
         for op, stored in zip(checked, self._kv.get_many([_RECORD + op.key for op in checked]), strict=True):
             _check_record(op, stored)
@@ -531,19 +540,20 @@ class KvBackend:
                     f"the watermark of table {retire.table} cannot move from {current} to {retire.watermark} "
                     f"(the last seq is {self._last})"
                 )
-        return self._check_rows(batch, row_keys) if batch.rows else []
+        return self._check_rows(batch, row_keys) if batch.rows else ([], ())
 
-    def _check_rows(self, batch: Batch, row_keys: Sequence[bytes]) -> list[Seq]:
+    def _check_rows(self, batch: Batch, row_keys: Sequence[bytes]) -> tuple[list[Seq], Sequence[bytes | None]]:
         checked = [at for at, op in enumerate(batch.rows) if op.bucket is None]
         wanted = [row_keys[at] for at in checked] if len(checked) < len(row_keys) else row_keys
         if len(set(wanted)) != len(wanted):
             raise Internal("a batch writes one row twice")
         current: set[TableUid] = set()
         found: list[Seq] = [0] * len(batch.rows)
-        for at, value in zip(checked, self._kv.get_many(wanted), strict=True):
+        values = self._kv.get_many(wanted)
+        for at, value in zip(checked, values, strict=True):
             op = batch.rows[at]
             if value is not None:
-                seq, flags = _ROW_HEADER.unpack_from(value)
+                seq, flags = ROW_HEADER.unpack_from(value)
                 if seq > self._watermarks.get(op.table, 0):
                     found[at] = seq
                     if seq > op.expect != ANY:
@@ -560,7 +570,14 @@ class KvBackend:
                         what="manifest", index=at, table=op.table,
                     )  # fmt: skip
                 current.add(op.table)
-        return found
+        if not self._former_of or self._former_of.isdisjoint([op.table for op in batch.rows]):
+            return found, ()
+        return found, former_payloads(batch.rows, dict(zip(checked, values, strict=True)), found)
+
+    def _removed(self, batch: Batch) -> Sequence[bytes | None]:
+        if not self._former_of or self._former_of.isdisjoint([row.table for row in batch.delete_stream]):
+            return ()
+        return self._kv.get_many([_stream_key(row) for row in batch.delete_stream])
 
     def _manifest(self, uid: TableUid) -> Seq:
         stored = self._kv.get(_RECORD + record_key(RecordKind.MANIFEST, uid))

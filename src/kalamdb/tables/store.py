@@ -154,8 +154,10 @@ class TableView:
 class ReadPoint:
     """One moment of some tables."""
 
-    def __init__(self, views: dict[TableUid, TableView]) -> None:
+    def __init__(self, views: dict[TableUid, TableView], seq: Seq) -> None:
         self.views = views
+        self.seq = seq
+        """Last `_seq` that was committed then. Rows of STREAM tables may be newer."""
 
     def view(self, uid: TableUid) -> TableView:
         """The view of a table that was asked for."""
@@ -173,7 +175,8 @@ class Moment:
 
     def read(self, wanted: Sequence[tuple[CatalogEntry, Scope]]) -> ReadPoint:
         """Tables of this moment. Raises TransactionConflict when a file of it is gone already."""
-        return ReadPoint({entry.definition.uid: self._view(entry, scope) for entry, scope in wanted})
+        views = {entry.definition.uid: self._view(entry, scope) for entry, scope in wanted}
+        return ReadPoint(views, self.snapshot.seq)
 
     def _view(self, entry: CatalogEntry, scope: Scope) -> TableView:
         uid = entry.definition.uid
@@ -238,11 +241,15 @@ class TableStore:
         self._watches: list[Watch] = []
         self._room = threading.Condition()
         self._key_counter = 0
+        self._seq: Seq = backend.head()
+        """Last commit that is in what this object holds; guarded by the store's lock."""
 
     def start(self) -> None:
         """Load which segments are live and how much is hot. Blocks for a scan of the hot tier."""
         self.backend.observe(self._on_commit)
         with self.backend.snapshot() as snapshot:
+            with self.hot.lock:
+                self._seq = max(self._seq, snapshot.seq)
             for entry in self.catalog.tables():
                 self._load(snapshot, entry)
 
@@ -301,6 +308,7 @@ class TableStore:
 
     def _on_commit(self, batch: Batch, commit: Commit) -> None:
         with self.hot.lock:
+            self._seq = commit.seq
             if batch.rows:
                 self._apply_rows(batch, commit)
             for op in batch.records:
@@ -332,7 +340,7 @@ class TableStore:
                 rows += replaced <= figures.flush_seq
                 bytes_ += len(op.payload) + _ROW_OVERHEAD
                 if cached:
-                    self.hot.add(uid, _prefix_of(op.key), HotRow(op.key, seq, op.flags, op.payload), replaced)
+                    self.hot.add(uid, scope_prefix_of(op.key), HotRow(op.key, seq, op.flags, op.payload), replaced)
             figures.add(commit.seq, rows, bytes_, now_ms)
         for watch in self._watches:
             watch.note(batch, commit)
@@ -422,6 +430,7 @@ class TableStore:
                     view = HotView(())
                 captured.append((entry, scope, self._states.get(uid, TableState(uid)), view))
             held = self.segments.pin(one for _, _, state, _ in captured for one in state.segments)
+            seq = self._seq
         try:
             if any(view is None for _, _, _, view in captured):
                 with self.frozen() as moment:
@@ -432,7 +441,7 @@ class TableStore:
                 assert view is not None
                 chunks = self._settle(entry, scope, view)
                 views[entry.definition.uid] = TableView(entry, scope, state, tuple(above(chunks, state.watermark)))
-            yield ReadPoint(views)
+            yield ReadPoint(views, seq)
         finally:
             self.segments.unpin(held)
 
@@ -643,7 +652,8 @@ def conflict(entry: CatalogEntry, attempts: int) -> TransactionConflict:
 _ROW_OVERHEAD = 64
 
 
-def _prefix_of(key: bytes) -> bytes:
+def scope_prefix_of(key: bytes) -> bytes:
+    """The first bytes of a row key, which say whose row it is."""
     if key.startswith(_SHARED_PREFIX):
         return _SHARED_PREFIX
     return key[: key.index(b"\x00\x01", 2) + 2]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager
 from itertools import count
 from pathlib import Path
@@ -221,6 +221,10 @@ class SteppedBackend:
     def observe(self, observer: CommitObserver) -> None:
         """See StorageBackend."""
         self.inner.observe(observer)
+
+    def keep_former(self, tables: Set[TableUid]) -> Seq:
+        """See StorageBackend."""
+        return self.inner.keep_former(tables)
 
     def next_numbers(self, name: str, count: int = 1) -> int:
         """See StorageBackend."""

@@ -107,6 +107,10 @@ class FlakyBackend:
         """See StorageBackend."""
         self.inner.observe(observer)
 
+    def keep_former(self, tables: Set[TableUid]) -> Seq:
+        """See StorageBackend."""
+        return self.inner.keep_former(tables)
+
     def next_numbers(self, name: str, count: int = 1) -> int:
         """See StorageBackend."""
         self.delay()
