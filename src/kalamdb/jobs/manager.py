@@ -530,6 +530,14 @@ class UnifiedJobManager:
         self.runner.start(slots)
         self._history.start()
 
+    def stop_claims(self) -> None:
+        """Start no job from now on; running ones go on."""
+        self.runner.stop_claims()
+
+    def hurry(self) -> None:
+        """Give running jobs no more time at a stop, also at one that waits for them now."""
+        self.runner.hurry()
+
     def stop(self, timeout_s: float | None = None) -> None:
         """Claim nothing more; running jobs get `timeout_s` (shutdown.timeout_s), then as on_interrupt says."""
         self.runner.stop(self._settings.shutdown_timeout_s if timeout_s is None else timeout_s)

@@ -74,6 +74,7 @@ class Runner:
         self._thread: threading.Thread | None = None
         self._claiming = False
         self._ending = False
+        self._hurried = False
         self._slots = settings.max_concurrent
         self._make_workers()
 
@@ -126,7 +127,7 @@ class Runner:
         self._slots = max_concurrent
         self._make_workers()
         self._recover()
-        self._claiming, self._ending = True, False
+        self._claiming, self._ending, self._hurried = True, False, False
 
     def _recover(self) -> None:
         running = self._backend.jobs.query(JobFilter(statuses=frozenset({JobStatus.RUNNING}), limit=None))
@@ -362,17 +363,26 @@ class Runner:
             self._wake.set()
         return True
 
+    def stop_claims(self) -> None:
+        """Start nothing more; what runs goes on, and its end is recorded."""
+        self._claiming = False
+        self._wake.set()
+
+    def hurry(self) -> None:
+        """A `stop` that waits, or the next one, gives running attempts no time."""
+        self._hurried = True
+        self._drained.set()
+
     def stop(self, timeout_s: float) -> None:
         """Start nothing more, let running attempts finish, then interrupt and at last revoke them.
 
         Returns within `timeout_s` and five seconds, whatever they do.
         """
-        self._claiming = False
-        self._wake.set()
+        self.stop_claims()
         with self._lock:
             if not self._running:
                 self._drained.set()
-        if self._thread is not None and not self._clock.wait(self._drained, timeout_s):
+        if self._thread is not None and self._outlasts(timeout_s):
             for attempt in self._live():
                 attempt.context.interrupt(InterruptReason.STOP)
             self._clock.wait(self._drained, min(_STOP_GRACE_S, self._settings.cancel_timeout_s))
@@ -389,6 +399,11 @@ class Runner:
             self._thread = None
         self._threads.stop()
         self._tasks.stop()
+
+    def _outlasts(self, timeout_s: float) -> bool:
+        """Wait for running attempts; whether some still run."""
+        self._clock.wait(self._drained, 0.0 if self._hurried else timeout_s)
+        return bool(self._live())
 
     def _live(self) -> list[Attempt]:
         with self._lock:

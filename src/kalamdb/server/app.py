@@ -1,20 +1,32 @@
-"""The routes of the server, put together."""
+"""Routes of the original whose features this server has not."""
 
 from __future__ import annotations
 
-from starlette.applications import Starlette
+from collections.abc import Awaitable, Callable, Sequence
+
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Route
 
-from kalamdb.server.execute import SqlRoute
-from kalamdb.version import VERSION
+_ABSENT: tuple[tuple[str, str, str], ...] = (
+    ("/v1/api/topics/consume", "POST", "topics are"),
+    ("/v1/api/topics/ack", "POST", "topics are"),
+    ("/v1/files/{ns}/{table}/{subfolder}/{file_id}", "GET", "FILE columns are"),
+    ("/api/v1/files/{ns}/{table}/{subfolder}/{file_id}", "GET", "FILE columns are"),
+    ("/v1/exports/{user_id}/{export_id}", "GET", "exports are"),
+    ("/ui", "GET", "the admin pages are"),
+    ("/ui/{path:path}", "GET", "the admin pages are"),
+)
+"""Path, method, what is missing."""
 
 
-def build_app(sql: SqlRoute) -> Starlette:
-    """The ASGI application."""
-    return Starlette(routes=[Route("/health", _health), Route("/v1/api/healthcheck", _health), *sql.routes()])
+def absent_routes() -> Sequence[BaseRoute]:
+    """Routes that say clearly that their feature is not there, instead of that their path is unknown."""
+    return [Route(path, _absent(what), methods=[method]) for path, method, what in _ABSENT]
 
 
-async def _health(request: Request) -> Response:
-    return JSONResponse({"status": "healthy", "version": VERSION, "api_version": "v1"})
+def _absent(what: str) -> Callable[[Request], Awaitable[Response]]:
+    async def answer(request: Request) -> Response:
+        return JSONResponse({"error": f"{what} not offered by this server", "code": "UNSUPPORTED"}, 501)
+
+    return answer

@@ -2,25 +2,189 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import os
+import signal
+import sys
+import threading
+from collections.abc import Mapping
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
-import uvicorn
+import uvloop
 
 from kalamdb.config import Settings
-from kalamdb.database import connect
-from kalamdb.server.app import build_app
+from kalamdb.database import Database, connect
+from kalamdb.server.app import absent_routes
+from kalamdb.server.edge import Edge
 from kalamdb.server.execute import SqlRoute
+from kalamdb.server.guards import Guards
+from kalamdb.server.health import Condition, HealthRoutes, Phase
 from kalamdb.server.identity import Authenticator
+from kalamdb.server.listener import Listener, connection_limits, first_of
+from kalamdb.server.logs import configure_logging
+from kalamdb.server.metrics import Metrics, MetricsRoute
+from kalamdb.server.protocol import Door
+from kalamdb.server.sockets import Sockets
+from kalamdb.server.telemetry import make_tracing
+from kalamdb.version import VERSION
+
+_SWITCH_INTERVAL_S = 0.0005
+"""The loop gets the interpreter back from a busy thread after this long."""
+_CLOSE_SERVICE_RESTART = 1012
+_SOCKETS_CLOSING_S = 2.0
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_log = logging.getLogger("kalamdb.server")
+
+
+class StopSignals:
+    """SIGTERM and SIGINT: the first asks for a clean stop, the second to wait for nothing any more.
+
+    uvicorn would raise a caught signal again at the end, and the process would die of it. Here its exit status is 0.
+    """
+
+    def __init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._count = 0
+        self.stop = asyncio.Event()
+        self.hurry = asyncio.Event()
+
+    def install(self) -> None:
+        """Catch them from now on; until `attend` they are counted."""
+        for number in _SIGNALS:
+            signal.signal(number, self._caught)
+
+    def attend(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Set the events on `loop`."""
+        self._loop = loop
+        for number in _SIGNALS:
+            loop.add_signal_handler(number, self._count_one)
+        self._announce()
+
+    def _caught(self, number: int, frame: FrameType | None) -> None:
+        self._count += 1
+
+    def _count_one(self) -> None:
+        self._count += 1
+        self._announce()
+
+    def _announce(self) -> None:
+        if self._count >= 1:
+            self.stop.set()
+        if self._count >= 2:
+            self.hurry.set()
+
+    def ignore(self) -> None:
+        """All is stopped: nothing may change the exit status now."""
+        for number in _SIGNALS:
+            if self._loop is not None:
+                self._loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_IGN)
+
+
+class Serving:
+    """One served database: its parts, and the order in which they start and stop."""
+
+    def __init__(self, database: Database, settings: Mapping[str, Any], *, host: str, port: int) -> None:
+        self._database = database
+        self._settings = settings
+        context = database.context
+        clock = context.clock
+        self.condition = Condition()
+        self.sockets = Sockets()
+        guards = Guards(settings, clock)
+        authenticator = Authenticator(context.users, clock, secret=None, access_s=24 * 3600)
+        self._sql = SqlRoute(database, authenticator, clock, os.cpu_count() or 2)
+        metrics = Metrics(database)
+        context.backend.observe(metrics.on_commit)
+        self._tracing = make_tracing(settings, clock)
+        if self._tracing is not None:
+            context.backend.observe(self._tracing.on_commit)
+        door = Door(connection_limits(settings), is_exempt=guards.is_exempt, banned_s=guards.banned_s)
+        routes = [
+            *self._sql.routes(),
+            *HealthRoutes(database, self.condition, guards, address=lambda: self.listener.url).routes(),
+            *MetricsRoute(metrics, guards, lambda header: authenticator.bearer(header).role).routes(),
+            *absent_routes(),
+        ]
+        edge = Edge(routes, settings, guards=guards, metrics=metrics, clock=clock, tracing=self._tracing)
+        self.listener = Listener(edge, door, settings, clock, host=host, port=port)
+        metrics.gauge("kalamdb_connections", "Open connections", lambda: door.open)
+        metrics.gauge("kalamdb_connections_refused", "Connections and requests over a limit", lambda: door.refused)
+        metrics.gauge("kalamdb_sockets", "Open WebSockets", lambda: len(self.sockets))
+
+    async def run(self, signals: StopSignals, *, ready: str) -> None:
+        """Serve until a signal, then stop in order. `ready` is printed with the address when requests may come."""
+        signals.attend(asyncio.get_running_loop())
+        try:
+            await self.listener.start()
+        except BaseException:
+            await asyncio.to_thread(self._database.close)
+            raise
+        self.condition.phase = Phase.SERVING
+        print(f"{ready} on {self.listener.url}", flush=True)
+        await signals.stop.wait()
+        await self._stop(signals)
+
+    async def _stop(self, signals: StopSignals) -> None:
+        """Stop asking for work, finish what was accepted, then close. A second signal ends each wait."""
+        _log.info("the server stops")
+        self.condition.phase = Phase.STOPPING
+        manager = self._database.context.job_manager
+        self.listener.stop_accepting()
+        manager.stop_claims()
+        await self.listener.finish_requests(signals.hurry, self._settings["shutdown.requests_s"])
+        closing = self.sockets.close_all(_CLOSE_SERVICE_RESTART, "the server restarts", timeout_s=_SOCKETS_CLOSING_S)
+        await first_of(closing, signals.hurry.wait())
+        self.listener.close()
+        ended = asyncio.ensure_future(asyncio.to_thread(self._close))
+        await first_of(asyncio.shield(ended), signals.hurry.wait())
+        manager.hurry()
+        await ended
+        _log.info("the server has stopped")
+
+    def _close(self) -> None:
+        """Jobs get shutdown.timeout_s, then go as their on_interrupt says; last the store is synced and closed."""
+        self._database.close()
+        self._sql.close()
+        if self._tracing is not None:
+            self._tracing.stop()
 
 
 def serve(path: Path, settings: Settings, *, host: str, port: int) -> int:
-    """Serve the database in `path` until SIGTERM; blocks. The exit status."""
-    with connect(path, **settings) as database:
-        context = database.context
-        authenticator = Authenticator(context.users, context.clock, secret=None, access_s=24 * 3600)
-        sql = SqlRoute(database, authenticator, context.clock, os.cpu_count() or 2)
-        server = uvicorn.Server(uvicorn.Config(build_app(sql), host=host, port=port, loop="uvloop", http="httptools"))
-        server.run()
-        sql.close()
+    """Serve the database in `path` until SIGTERM or SIGINT; blocks. The exit status. For the main thread of a process
+    of its own: it sets signal handlers, the logging and the switch interval.
+
+    Raises KalamDbError when the database cannot be opened, OSError when the port or the log cannot.
+    """
+    signals = StopSignals()
+    signals.install()
+    configure_logging(path, settings)
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    for ignored in settings.ignored:
+        _log.warning("setting without a meaning here: %s", ignored)
+    database = connect(path, **settings)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        serving = _made(database, settings, host=host, port=port)
+        runner.run(serving.run(signals, ready=f"KalamDB {VERSION} serves {path}"))
+        signals.ignore()
     return 0
+
+
+def _made(database: Database, settings: Settings, *, host: str, port: int) -> Serving:
+    try:
+        return Serving(database, settings, host=host, port=port)
+    except BaseException:
+        database.close()
+        raise
+
+
+def leave(status: int) -> None:
+    """End the process though threads of abandoned jobs and statements still run; all that counts is closed."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    logging.shutdown()
+    if any(not thread.daemon for thread in threading.enumerate() if thread is not threading.current_thread()):
+        os._exit(status)

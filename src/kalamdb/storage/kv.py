@@ -470,6 +470,7 @@ class KvBackend:
             "commits": self._commits,
             "commit_groups": self._committer.groups,
             "removals_pending": len(self._removals),
+            "writes_refused": int(self._failure is not None),
         }
 
     def check(self) -> list[str]:
