@@ -236,9 +236,19 @@ class HttpProtocol(HttpToolsProtocol):
             if name == b"content-length" and len(value) > _DIGITS_ALWAYS_FIT and int(value) > limits.body_bytes_max:
                 self._refuse_body()
                 raise _Refused
+        if self.parser.should_upgrade() and not self._should_upgrade() and self._states_body():
+            # The parser takes the body for the other protocol. It must not run as a request without one.
+            self._refuse(400, "INVALID_HTTP", "a request with a body cannot offer another protocol (Upgrade)")
+            raise _Refused
         self._stop_timer()
         super().on_headers_complete()
         self._in_header, self._in_body = False, True
+
+    def _states_body(self) -> bool:
+        return any(
+            name == b"transfer-encoding" or (name == b"content-length" and value != b"0")
+            for name, value in self.headers
+        )
 
     def on_body(self, body: bytes) -> None:
         """Part of a body; its length may not have been stated."""
@@ -401,14 +411,13 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         self._door.sockets.discard(self)
         self._door.leave(self.client[0] if self.client else "")
 
-    def handle_parser_exception(self) -> None:
-        """Bytes that are no frame, or a handshake that is none."""
-        if self.conn.close_sent is not None:
-            super().handle_parser_exception()
-            return
-        self.close_sent = self.handshake_complete = True
-        self.transport.write(answer(400, "INVALID_HTTP", "the handshake of the WebSocket is not valid"))
-        self.transport.close()
+    def data_received(self, data: bytes) -> None:
+        """Frames; first of all the handshake, which may be none."""
+        super().data_received(data)
+        if self.conn.handshake_exc is not None and not self.handshake_complete:
+            self.close_sent = self.handshake_complete = True
+            self.transport.write(answer(400, "INVALID_HTTP", "the handshake of the WebSocket is not valid"))
+            self.transport.close()
 
     def handle_ping(self) -> None:
         """Answer it; it counts as life."""
