@@ -387,11 +387,6 @@ class AppContext:
         )  # fmt: skip
 
     @property
-    def introspection(self) -> Introspection:
-        """What this database knows of itself."""
-        return self._introspection
-
-    @property
     def job_manager(self) -> UnifiedJobManager:
         """The manager of all jobs of this database."""
         return self._job_manager
