@@ -35,6 +35,7 @@ from kalamdb.jobs.schedules import JobSchedules
 from kalamdb.jobs.settings import JobSettings
 from kalamdb.jobs.workers import WorkersFactory
 from kalamdb.live import LiveLimits, LiveQueries, LiveReader
+from kalamdb.passwords import PasswordRules, Passwords
 from kalamdb.result import Result
 from kalamdb.service import Loop
 from kalamdb.sql.admin import Admin
@@ -162,12 +163,11 @@ class AppContext:
         self.catalog.start()
         self.store = TableStore(self.backend, self.catalog, self.storages, self.clock, self._table_limits())
         self.store.start()
-        self.users = Users(
-            self.backend,
-            self.clock,
-            bcrypt_cost=settings["auth.bcrypt_cost"],
-            enforce_complexity=settings["auth.enforce_password_complexity"],
-        )
+        rules = PasswordRules(
+            settings["auth.bcrypt_cost"], settings["auth.min_password_length"], settings["auth.max_password_length"],
+            settings["auth.enforce_password_complexity"],
+        )  # fmt: skip
+        self.users = Users(self.backend, self.clock, Passwords(rules))
         self.users.start()
         self.maintenance = Maintenance(
             self.store, self.users, deletion_grace_period_days=settings["deletion_grace_period_days"]

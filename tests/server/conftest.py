@@ -17,7 +17,7 @@ import httpx
 import pytest
 
 ROOT_PASSWORD = "Root-Secret-1"
-JWT_SECRET = "a secret of the tests, longer than 32 characters"
+JWT_SECRET = "a secret of the tests that has more than the 64 characters of the longest hash"
 START_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 40.0
 ENVIRONMENT = {
@@ -159,3 +159,13 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
 def served(serve: Serve) -> Served:
     """One server over an empty directory."""
     return serve()
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """One server for all tests of a module that leave nothing behind which another of them could see."""
+    folder = tmp_path_factory.mktemp("shared")
+    server = _launch(folder / "data", folder / "data.log", ENVIRONMENT, None)
+    _wait_until_healthy(server)
+    yield server
+    server.stop()

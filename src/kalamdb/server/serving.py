@@ -18,11 +18,11 @@ import uvloop
 from kalamdb.config import Settings
 from kalamdb.database import Database, connect
 from kalamdb.server.app import absent_routes
-from kalamdb.server.edge import Edge
+from kalamdb.server.auth import open_auth
+from kalamdb.server.edge import Edge, peer_of
 from kalamdb.server.execute import SqlRoute
 from kalamdb.server.guards import Guards
 from kalamdb.server.health import Condition, HealthRoutes, Phase
-from kalamdb.server.identity import Authenticator
 from kalamdb.server.listener import Listener, connection_limits, first_of
 from kalamdb.server.logs import configure_logging
 from kalamdb.server.metrics import Metrics, MetricsRoute
@@ -95,8 +95,8 @@ class Serving:
         self.condition = Condition()
         self.sockets = Sockets()
         guards = Guards(settings, clock)
-        authenticator = Authenticator(context.users, clock, secret=None, access_s=24 * 3600)
-        self._sql = SqlRoute(database, authenticator, clock, os.cpu_count() or 2)
+        self._auth = open_auth(context, host=host, sender_of=lambda request: peer_of(request.scope))
+        self._sql = SqlRoute(database, self._auth.authenticator, clock, os.cpu_count() or 2)
         metrics = Metrics(database)
         context.backend.observe(metrics.on_commit)
         self._tracing = make_tracing(settings, clock)
@@ -104,9 +104,10 @@ class Serving:
             context.backend.observe(self._tracing.on_commit)
         door = Door(connection_limits(settings), is_exempt=guards.is_exempt, banned_s=guards.banned_s)
         routes = [
+            *self._auth.routes,
             *self._sql.routes(),
             *HealthRoutes(database, self.condition, guards, address=lambda: self.listener.url).routes(),
-            *MetricsRoute(metrics, guards, lambda header: authenticator.bearer(header).role).routes(),
+            *MetricsRoute(metrics, guards, lambda header: self._auth.authenticator.bearer(header).role).routes(),
             *absent_routes(),
         ]
         edge = Edge(routes, settings, guards=guards, metrics=metrics, clock=clock, tracing=self._tracing)
@@ -149,6 +150,7 @@ class Serving:
         """Jobs get shutdown.timeout_s, then go as their on_interrupt says; last the store is synced and closed."""
         self._database.close()
         self._sql.close()
+        self._auth.close()
         if self._tracing is not None:
             self._tracing.stop()
 
