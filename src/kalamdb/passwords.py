@@ -57,8 +57,8 @@ class Passwords:
         _bytes_of(password)
         if not rules.length_min <= len(password) <= rules.length_max:
             raise InvalidRequest(
-                f"a password has {rules.length_min} to {min(rules.length_max, PASSWORD_BYTES_MAX)} characters, this "
-                f"one {len(password)} (auth.min_password_length, auth.max_password_length)"
+                f"a password has {rules.length_min} to {min(rules.length_max, PASSWORD_BYTES_MAX)} characters, "
+                f"this one has {len(password)} (auth.min_password_length, auth.max_password_length)"
             )
         if rules.complex and not all(re.search(kind, password) for kind in _KINDS):
             raise InvalidRequest(
