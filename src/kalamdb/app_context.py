@@ -28,6 +28,7 @@ from kalamdb.jobs.executors.restore import RestoreExecutor
 from kalamdb.jobs.executors.retention import RetentionExecutor
 from kalamdb.jobs.executors.stream_eviction import StreamEvictionExecutor
 from kalamdb.jobs.executors.user_cleanup import UserCleanupExecutor
+from kalamdb.jobs.history import History
 from kalamdb.jobs.log import JobLogFile
 from kalamdb.jobs.queues import MAINTENANCE_QUEUE
 from kalamdb.jobs.scheduler import Schedulers
@@ -101,6 +102,8 @@ class AppContext:
             self._make_tables(root, operations)
             self.backups = self._make_backups(root, operations)
             self.probation = None if self.directory is None else self._make_probation(self.directory)
+            self._job_settings = self._make_job_settings()
+            self.history = History(self.backend, self._job_settings)
             self.job_registry = self._registry()
             self._job_manager = self._make_jobs(path)
             self.schedules = JobSchedules(
@@ -264,7 +267,7 @@ class AppContext:
         registry.register(FlushExecutor())
         registry.register(CompactExecutor())
         registry.register(CleanupExecutor())
-        registry.register(RetentionExecutor())
+        registry.register(RetentionExecutor(self.history))
         registry.register(StreamEvictionExecutor())
         registry.register(UserCleanupExecutor())
         registry.register(BackupExecutor(self.backups))
@@ -279,9 +282,9 @@ class AppContext:
             return None
         return Path(self.settings["logging.logs_path"] or path / "logs")
 
-    def _make_jobs(self, path: Path | None) -> UnifiedJobManager:
+    def _make_job_settings(self) -> JobSettings:
         s = self.settings
-        job_settings = JobSettings(
+        return JobSettings(
             max_concurrent=s["jobs.max_concurrent"],
             max_retries=s["jobs.max_retries"],
             retry_backoff_ms=s["jobs.retry_backoff_ms"],
@@ -292,7 +295,11 @@ class AppContext:
             history_failed_days=s["jobs.history_failed_days"],
             history_rows_max=s["jobs.history_rows_max"],
             shutdown_timeout_s=s["shutdown.timeout_s"],
+            audit_retention_days=s["audit.retention_days"],
         )
+
+    def _make_jobs(self, path: Path | None) -> UnifiedJobManager:
+        job_settings = self._job_settings
         log = None
         folder = self._logs_folder(path)
         if folder is not None:
@@ -307,7 +314,7 @@ class AppContext:
             self.maintenance.scrub_log = log.scrub
         return UnifiedJobManager(
             self.backend, self.job_registry, self.clock, job_settings, log=log, resolve_table=self.maintenance.resolve,
-            workers=self._workers,
+            workers=self._workers, history=self.history,
         )  # fmt: skip
 
     def _system(self) -> SystemTablesRegistry:

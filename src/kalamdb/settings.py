@@ -202,6 +202,7 @@ def _provider(name: str) -> tuple[Setting, ...]:
 
 _USERS: Final = (
     _S("deletion_grace_period_days", 30.0, "days after DROP USER until the user is erased", 0),
+    _S("audit.retention_days", 365.0, "days that entries of the audit log are kept", 0),
     _S("auth.root_password", "", "password that root has from the first start on", secret=True),
     _S("auth.jwt_secret", "", "secret that signs tokens; empty makes one in the data directory", secret=True),
     _S("auth.jwt_trusted_issuers", (), "issuers whose bearer tokens are believed"),

@@ -11,10 +11,15 @@ from kalamdb.app_context import AppContext
 from kalamdb.clock import SystemClock
 from kalamdb.config import Settings
 from kalamdb.database import Database
+from kalamdb.storage import Batch
+from kalamdb.storage.jobs import JobFence, JobStatus
 from kalamdb.tables.erase import erase_rows
 from kalamdb.tables.flush import flush_table
+from kalamdb.testing.counting import fill_jobs
+from kalamdb.testing.jobs import drain, open_manual
 from kalamdb.testing.maintenance import HeldWork, Unwatched
-from kalamdb.types import Scope, TableId
+from kalamdb.types import JobId, Scope, TableId
+from kalamdb.users import AuditRow, audit_op
 from tests.conftest import run_job
 
 HOUR_MS = 3_600_000
@@ -67,6 +72,56 @@ def test_deleted_rows_leave_after_their_retention_and_never_come_back(db: Databa
     assert db.execute(deleted).scalar() == 0
     assert db.execute("SELECT count(*), min(id) FROM app.t").rows == [(6, 4)]
     assert db.check().ok
+
+
+def test_retention_of_all_removes_jobs_and_audit_rows_past_their_age_and_of_one_table_does_not(
+    db: Database, clock: SteppedClock
+) -> None:
+    db.execute("CREATE TABLE app.t (id INT PRIMARY KEY)")
+    done, bad = db.jobs.executor("done", prefix="DO"), db.jobs.executor("bad", prefix="BA", max_retries=0)
+    done(lambda ctx: None)
+    bad(lambda ctx: 1 / 0)
+    for job in db.jobs.create_jobs([{"job_type": kind} for kind in ("done", "bad")]):
+        db.jobs.wait(job.id, 30)
+    db.execute("CREATE USER ann")
+    db.execute("CREATE USER bob")
+    audited = "SELECT target FROM system.audit_log ORDER BY target"
+    clock.offset_ms = 8 * 24 * HOUR_MS
+    assert run(db, "retention", table_id="app.t") == "Removed 0 deleted rows of 0 tables for good, 0 B freed"
+    assert db.execute(audited).rows == [("ann",), ("bob",)]
+    assert run(db, "retention").endswith("; 1 ended job and 0 audit rows")
+    assert [job.job_type for job in db.jobs.list_jobs()] == ["bad", "retention", "retention"]
+    clock.offset_ms = 364 * 24 * HOUR_MS
+    db.execute("CREATE USER eve")
+    clock.offset_ms = 366 * 24 * HOUR_MS
+    assert run(db, "retention").endswith("; 3 ended jobs and 2 audit rows")
+    assert db.execute(audited).rows == [("eve",)]
+    [left] = db.jobs.list_jobs()
+    assert left.result == {"rows": 0, "tables": 0, "bytes": 0, "jobs": 3, "audit_rows": 2}
+    assert db.check().ok
+
+
+def test_retention_removes_a_long_history_in_bounded_steps_under_its_lease() -> None:
+    with open_manual(jobs_history_rows_max=40) as db:
+        backend = db.context.backend
+        fill_jobs(backend, JobStatus.COMPLETED, 1500)
+        fill_jobs(backend, JobStatus.FAILED, 700, first=1500)
+        rows = [
+            AuditRow(audit_id=f"{at:05d}", timestamp=at, actor_user_id="root", action="A", target="x")
+            for at in range(1500)
+        ]
+        backend.commit(Batch(records=[audit_op(row) for row in rows]))
+        removals: list[Batch] = []
+        backend.observe(lambda batch, _: removals.append(batch) if batch.records else None)
+        job_id = db.jobs.create_job("retention").id
+        drain(db)
+        job = db.jobs.get_job(job_id)
+        assert job.message == (
+            "Removed 0 deleted rows of 0 tables for good, 0 B freed; 2,120 ended jobs and 1,500 audit rows"
+        )
+        assert [len(batch.records) for batch in removals] == [1000, 500]
+        assert all(batch.jobs == [JobFence(JobId(job_id), 1)] for batch in removals)
+        assert (job.progress.done, job.progress.text) == (0, "1,500 audit rows removed")
 
 
 def test_retention_off_keeps_deletions_for_ever(db: Database, clock: SteppedClock) -> None:

@@ -6,7 +6,7 @@ import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any, Literal
 
 from kalamdb.clock import Clock
@@ -21,6 +21,7 @@ from kalamdb.errors import (
 )
 from kalamdb.jobs.endings import Endings
 from kalamdb.jobs.explain import Reason, explain
+from kalamdb.jobs.history import ENDED, PASS_MAX, History
 from kalamdb.jobs.log import JobLogFile
 from kalamdb.jobs.model import Cron, Every, Job, JobIds, stored_json
 from kalamdb.jobs.queues import JobQueues, QueueRow, check_queue_name
@@ -51,16 +52,9 @@ _MOVE_ATTEMPTS = 16
 _CREATED: Events = (("INFO", "Job created"),)
 _CREATED_MAX = 10_000
 _KEY_LENGTH_MAX = 512
-_PURGE_JOBS = 1000
 _PURGE_INTERVAL_S = 60.0
 _FOREVER_S = 366 * 86_400.0
 _SORT_COLUMNS = ("created_at", "updated_at", "priority")
-_HISTORY = {
-    JobStatus.COMPLETED: False,
-    JobStatus.SKIPPED: False,
-    JobStatus.CANCELLED: False,
-    JobStatus.FAILED: True,
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,6 +97,7 @@ class UnifiedJobManager:
         log: JobLogFile | None = None,
         resolve_table: Callable[[str], int | None] = lambda table_id: None,
         workers: WorkersFactory | None = None,
+        history: History | None = None,
     ) -> None:
         self._backend = backend
         self._clock = clock
@@ -117,7 +112,8 @@ class UnifiedJobManager:
         self.queues = JobQueues(backend, clock)
         endings = Endings(clock, settings)
         self.runner = Runner(backend, registry, self.queues, clock, settings, endings, self.create_job, workers)
-        self._history = Loop("job-history", self.purge_history, _PURGE_INTERVAL_S, clock)
+        self._history = history or History(backend, settings)
+        self._purging = Loop("job-history", self.purge_history, _PURGE_INTERVAL_S, clock)
         registry.on_register.append(self.runner.wake)
         backend.observe(self._on_commit)
 
@@ -493,13 +489,13 @@ class UnifiedJobManager:
     # History
 
     def purge(
-        self, *, finished_before: datetime | None = None, status: str | None = None, limit: int = _PURGE_JOBS
+        self, *, finished_before: datetime | None = None, status: str | None = None, limit: int = PASS_MAX
     ) -> int:
         """Remove up to `limit` ended jobs (of one state) with their history, oldest first; returns how many."""
         before = _milliseconds(finished_before) if finished_before else None
-        wanted = [one for one in _HISTORY if status is None or one == status]
+        wanted = [one for one in ENDED if status is None or one == status]
         if not wanted:
-            raise InvalidRequest(f"status '{status}' is not one of {', '.join(_HISTORY)}")
+            raise InvalidRequest(f"status '{status}' is not one of {', '.join(ENDED)}")
         gone = 0
         for one in wanted:
             if gone < limit:
@@ -508,19 +504,10 @@ class UnifiedJobManager:
 
     def purge_history(self) -> bool:
         """One bounded pass over what is older or more than the settings allow; True when more may be left."""
-        settings, jobs = self._settings, self._backend.jobs
-        now_ms = self._backend.now_ms()
-        gone = 0
-        for status, is_failed in _HISTORY.items():
-            days = settings.history_failed_days if is_failed else settings.history_completed_days
-            before = now_ms - int(timedelta(days=days) / timedelta(milliseconds=1))
-            gone += jobs.delete_ended(status, finished_before=before, limit=_PURGE_JOBS)
-            beyond = jobs.count(status) - settings.history_rows_max
-            if beyond > 0:
-                gone += jobs.delete_ended(status, finished_before=None, limit=min(beyond, _PURGE_JOBS))
+        gone = self._history.purge_jobs()
         if self.log is None:
-            jobs.release_events(jobs.event_position())
-        return gone >= _PURGE_JOBS
+            self._backend.jobs.release_events(self._backend.jobs.event_position())
+        return gone >= PASS_MAX
 
     # Running
 
@@ -528,7 +515,7 @@ class UnifiedJobManager:
         """Recover what a dead process left running, then run jobs in the background until `stop`. Returns at once."""
         slots = _whole("max_concurrent", self._settings.max_concurrent if max_concurrent is None else max_concurrent, 1)
         self.runner.start(slots)
-        self._history.start()
+        self._purging.start()
 
     def stop_claims(self) -> None:
         """Start no job from now on; running ones go on."""
@@ -541,7 +528,7 @@ class UnifiedJobManager:
     def stop(self, timeout_s: float | None = None) -> None:
         """Claim nothing more; running jobs get `timeout_s` (shutdown.timeout_s), then as on_interrupt says."""
         self.runner.stop(self._settings.shutdown_timeout_s if timeout_s is None else timeout_s)
-        self._history.stop()
+        self._purging.stop()
 
 
 def _of(executor: JobExecutor[Any] | None, name: str, default: Any) -> Any:

@@ -28,5 +28,7 @@ class JobSettings:
     history_failed_days: float = 90.0
     history_rows_max: int = 1_000_000
     """Ended jobs of each state."""
+    audit_retention_days: float = 365.0
+    """`audit.retention_days`: entries of the audit log go by the same job."""
     log_bytes_max: int = 16 << 20
     log_files_max: int = 5

@@ -161,10 +161,7 @@ class JobIndex:
                 case JobMove():
                     self._stage_move(operation, now_ms, staged)
                 case JobFence():
-                    stored = self._row(operation.job_id, staged)
-                    running = stored is not None and stored.status is JobStatus.RUNNING
-                    if stored is None or not running or stored.lease_id != operation.lease_id:
-                        raise _fenced(operation.job_id, stored)
+                    self._require_lease(operation, staged)
                 case JobScrub():
                     self._stage_scrub(operation, now_ms, staged)
         if claim is not None:
@@ -173,6 +170,11 @@ class JobIndex:
                 self._stage_admissions(claim, now_ms, staged)
         self._close(staged)
         return staged
+
+    def _require_lease(self, fence: JobFence, staged: Staged) -> None:
+        stored = self._row(fence.job_id, staged)
+        if stored is None or stored.status is not JobStatus.RUNNING or stored.lease_id != fence.lease_id:
+            raise _fenced(fence.job_id, stored)
 
     def apply(self, staged: Staged) -> None:
         """Take over what a batch did, after it was written."""
@@ -470,17 +472,19 @@ class JobIndex:
 
     # Deleting
 
-    def delete(self, job_ids: Sequence[JobId]) -> int:
-        """See JobStore."""
+    def delete(self, job_ids: Sequence[JobId], fence: JobFence | None = None) -> int:
+        """See JobStore; `fence` as for `delete_ended`."""
         gone = 0
         wanted = list(dict.fromkeys(job_ids))
         for start in range(0, len(wanted), _DELETE_JOBS):
             with self._lock:
-                gone += self._delete(wanted[start : start + _DELETE_JOBS])
+                gone += self._delete(wanted[start : start + _DELETE_JOBS], fence)
         return gone
 
-    def _delete(self, job_ids: Sequence[JobId]) -> int:
+    def _delete(self, job_ids: Sequence[JobId], fence: JobFence | None) -> int:
         self._check_open()
+        if fence is not None:
+            self._require_lease(fence, self.begin())
         staged = self.begin()
         for row in self._rows_of(self._kv, job_ids):
             if row.status.is_active:
@@ -496,7 +500,9 @@ class JobIndex:
             self._commit(Batch(), prepared=staged)
         return gone
 
-    def delete_ended(self, status: JobStatus, *, finished_before: int | None, limit: int) -> int:
+    def delete_ended(
+        self, status: JobStatus, *, finished_before: int | None, limit: int, fence: JobFence | None = None
+    ) -> int:
         """See JobStore."""
         if status.is_active:
             raise Internal(f"jobs in status {status} have not ended")
@@ -507,7 +513,7 @@ class JobIndex:
             for row in self.query(wanted)
             if finished_before is None or (row.finished_at or row.created_at) < finished_before
         ]
-        return self.delete(ended[:limit])
+        return self.delete(ended[:limit], fence)
 
     def release_events(self, position: int) -> None:
         """See JobStore."""

@@ -395,6 +395,11 @@ class JobStore(Protocol):
         """Remove ended jobs with their history; active ones are left. Returns how many went."""
         ...
 
-    def delete_ended(self, status: JobStatus, *, finished_before: int | None, limit: int) -> int:
-        """Remove up to `limit` jobs of a terminal state, oldest first, that ended before that time (None: any)."""
+    def delete_ended(
+        self, status: JobStatus, *, finished_before: int | None, limit: int, fence: JobFence | None = None
+    ) -> int:
+        """Remove up to `limit` jobs of a terminal state, oldest first, that ended before that time (None: any).
+
+        With a `fence` each commit holds only under that lease; Fenced without it.
+        """
         ...

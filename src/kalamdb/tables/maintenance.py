@@ -59,13 +59,11 @@ class Maintenance:
         """See `sweep.sweep`."""
         return sweep(self._store, _uid(table_uid), job, message)
 
-    def retain(
-        self, table_uid: int | None, job: JobHandle, message: Message, *, retention_hours: float | None
-    ) -> RetentionReport:
+    def retain(self, table_uid: int | None, job: JobHandle, *, retention_hours: float | None) -> RetentionReport:
         """See `retain_tables`; of all tables also samples of figures that are too old."""
         if table_uid is None:
             self.remove_samples()
-        return retain_tables(self._store, _uid(table_uid), job, message, retention_hours=retention_hours)
+        return retain_tables(self._store, _uid(table_uid), job, retention_hours=retention_hours)
 
     def evict_streams(self, table_uid: int | None, job: JobHandle, message: Message) -> EvictionReport:
         """See `retention.evict_streams`."""

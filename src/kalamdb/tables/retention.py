@@ -17,6 +17,8 @@ from kalamdb.types import TableKind, TableUid
 class RetentionReport:
     """What a retention removed for good."""
 
+    seen: int = 0
+    """Tables that were looked at."""
     tables: int = 0
     rows: int = 0
     bytes: int = 0
@@ -31,13 +33,13 @@ class EvictionReport:
 
 
 def retain_tables(
-    store: TableStore, uid: TableUid | None, job: JobHandle, message: Message, *, retention_hours: float | None = None
+    store: TableStore, uid: TableUid | None, job: JobHandle, *, retention_hours: float | None = None
 ) -> RetentionReport:
     """Remove rows that were deleted longer ago than the retention of their table, of one table or of all.
 
     Each table is one flush and one compaction, each a commit of its own; a table that is done holds
-    nothing expired, so a repetition goes on where the last one stopped. Blocks for the disk. Raises
-    TransactionConflict when another compaction came first.
+    nothing expired, so a repetition goes on where the last one stopped. The job's end is left to the caller.
+    Blocks for the disk. Raises TransactionConflict when another compaction came first.
     """
     entries = _chosen(store, uid, TableKind.USER, TableKind.SHARED)
     tables = rows = bytes_ = 0
@@ -51,9 +53,8 @@ def retain_tables(
             tables, rows, bytes_ = tables + 1, rows + removed[0], bytes_ + removed[1]
     if purged:
         store.backend.purge(purged)
-    report = RetentionReport(tables, rows, bytes_)
-    _end(store, job, message(report), {"tables": tables, "rows": rows, "bytes": bytes_})
-    return report
+    job.progress(len(entries), len(entries), "tables")
+    return RetentionReport(len(entries), tables, rows, bytes_)
 
 
 def _retain(
@@ -92,7 +93,9 @@ def evict_streams(store: TableStore, uid: TableUid | None, job: JobHandle, messa
             streams, buckets = streams + 1, buckets + len(expired)
         job.progress(at + 1, len(entries), "streams")
     report = EvictionReport(streams, buckets)
-    _end(store, job, message(report), {"streams": streams, "buckets": buckets})
+    batch = Batch()
+    job.seal(batch, message=message(report), result={"streams": streams, "buckets": buckets})
+    store.commit(batch)
     return report
 
 
@@ -109,9 +112,3 @@ def expired_buckets(store: TableStore, entry: CatalogEntry) -> list[int]:
 def _chosen(store: TableStore, uid: TableUid | None, *kinds: TableKind) -> list[CatalogEntry]:
     entries = store.catalog.tables() if uid is None else [store.entry(uid)]
     return [entry for entry in entries if entry.definition.kind in kinds]
-
-
-def _end(store: TableStore, job: JobHandle, text: str, figures: dict[str, int]) -> None:
-    batch = Batch()
-    job.seal(batch, message=text, result=figures)
-    store.commit(batch)

@@ -22,7 +22,7 @@ from kalamdb.storage import (
     StorageBackend,
     UnknownOutcome,
 )
-from kalamdb.storage.jobs import Claim, JobAttempt, JobEvent, JobFilter, JobRow, JobStatus
+from kalamdb.storage.jobs import Claim, JobAttempt, JobEvent, JobFence, JobFilter, JobRow, JobStatus
 from kalamdb.types import JobId, RowFlags, Seq, TableUid
 
 
@@ -245,6 +245,8 @@ class _FlakyJobs:
         self._backend.delay()
         return self._inner.delete(job_ids)
 
-    def delete_ended(self, status: JobStatus, *, finished_before: int | None, limit: int) -> int:
+    def delete_ended(
+        self, status: JobStatus, *, finished_before: int | None, limit: int, fence: JobFence | None = None
+    ) -> int:
         self._backend.delay()
-        return self._inner.delete_ended(status, finished_before=finished_before, limit=limit)
+        return self._inner.delete_ended(status, finished_before=finished_before, limit=limit, fence=fence)

@@ -625,6 +625,21 @@ class JobStoreContract:
         with pytest.raises(Internal):
             backend.jobs.delete_ended(JobStatus.RUNNING, finished_before=None, limit=9)
 
+    def test_a_removal_with_a_fence_holds_only_under_that_lease(self, backend: StorageBackend) -> None:
+        ended = move(backend, insert(backend, job()), status=JobStatus.CANCELLED)
+        insert(backend, job())
+        [running] = claim(backend)
+        fence = JobFence(running.job_id, running.lease_id or 0)
+        wrong = JobFence(running.job_id, fence.lease_id + 1)
+        with pytest.raises(Fenced):
+            backend.jobs.delete_ended(JobStatus.CANCELLED, finished_before=None, limit=9, fence=wrong)
+        assert backend.jobs.get(ended.job_id) is not None
+        assert backend.jobs.delete_ended(JobStatus.CANCELLED, finished_before=None, limit=9, fence=fence) == 1
+        move(backend, running, status=JobStatus.COMPLETED)
+        with pytest.raises(Fenced):
+            backend.jobs.delete_ended(JobStatus.COMPLETED, finished_before=None, limit=9, fence=fence)
+        assert backend.jobs.count(JobStatus.COMPLETED) == 1
+
     def test_only_ended_jobs_are_deleted_with_their_events(self, store: Store) -> None:
         backend = store.backend
         ended = move(backend, insert(backend, job(), events=(("INFO", "x"),)), status=JobStatus.CANCELLED)
