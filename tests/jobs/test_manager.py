@@ -267,6 +267,25 @@ def test_jobs_are_steered_in_sql(open_db: Open) -> None:
     assert ("quick", "QU", "default", "retry") in executors and ("flush", "FL", "maintenance", "requeue") in executors
 
 
+def test_a_queue_is_limited_in_sql_and_the_limit_survives_reopening(open_db: Open) -> None:
+    db = open_db()
+    gate = Gate()
+    db.jobs.executor("held", prefix="HE", queue="mail")(gate)
+    assert db.execute("ALTER QUEUE 'mail' SET LIMIT 2").message == "Queue mail runs at most 2 jobs at once"
+    limits = "SELECT queue, max_concurrent FROM system.job_queues WHERE queue = 'mail'"
+    assert db.execute(limits).rows == [("mail", 2)]
+    jobs = db.jobs.create_jobs([{"job_type": "held"} for _ in range(3)])
+    gate.await_entry(2)
+    assert [row[1] for row in db.execute(f"EXPLAIN JOB '{jobs[2].id}'").rows] == ["queue limit"]
+    assert db.execute("ALTER QUEUE mail DROP LIMIT").message == "Queue mail has no limit"
+    gate.await_entry()
+    gate.open.set()
+    assert [db.jobs.wait(job.id, 10).status for job in jobs] == ["completed"] * 3
+    db.execute("ALTER QUEUE mail SET LIMIT 1")
+    db.close()
+    assert open_db().execute(limits).rows == [("mail", 1)]
+
+
 @pytest.mark.parametrize(
     ("sql", "said"),
     [
@@ -282,6 +301,13 @@ def test_jobs_are_steered_in_sql(open_db: Open) -> None:
         ("CALL create_job('nobody')", "no executor for job type 'nobody'"),
         ("CALL create_job('flush', '{}')", "do not fit"),
         ("PAUSE JOB", "a job id"),
+        ("ALTER QUEUE q SET LIMIT 0", "1 or more is allowed (pause the queue for 0)"),
+        ("ALTER QUEUE q SET LIMIT -1", "1 or more is allowed"),
+        ("ALTER QUEUE q SET LIMIT 1.5", "a number of jobs"),
+        ("ALTER QUEUE q SET LIMIT", "a number of jobs"),
+        ("ALTER QUEUE q DROP LIMIT 2", "stands where the end"),
+        ("ALTER QUEUE '' SET LIMIT 2", "a printable name"),
+        ("ALTER QUEUE q LIMIT 2", "SET"),
     ],
 )
 def test_bad_statements_about_jobs_are_refused(sql: str, said: str) -> None:
@@ -293,7 +319,10 @@ def test_bad_statements_about_jobs_are_refused(sql: str, said: str) -> None:
 
 def test_only_dba_steers_jobs() -> None:
     with kalamdb.connect(":memory:", **QUIET) as db:
-        for sql in ("CALL create_job('flush')", "PAUSE QUEUE q", "EXPLAIN JOB 'x'", "RETRY JOB 'x'", "KILL JOB 'x'"):
+        for sql in (
+            "CALL create_job('flush')", "PAUSE QUEUE q", "ALTER QUEUE q DROP LIMIT", "EXPLAIN JOB 'x'", "RETRY JOB 'x'",
+            "KILL JOB 'x'",
+        ):  # fmt: skip
             with pytest.raises(kalamdb.Denied):
                 db.execute(sql, role="service")
 

@@ -99,11 +99,11 @@ def required_role(statement: st.Statement) -> Role:
     match statement:
         case st.CreateNamespace() | st.DropNamespace() | st.AlterNamespace() | st.CreateView() | st.DropView():
             return Role.DBA
-        case st.DropTable() | st.TruncateTable() | st.SetOption() | st.UserStatement() | st.ScheduleStatement():
+        case st.DropTable() | st.TruncateTable() | st.SetOption():
             return Role.DBA
-        case st.StorageStatement():
+        case st.UserStatement() | st.ScheduleStatement() | st.BackupStatement() | st.StorageStatement():
             return Role.DBA
-        case st.ControlJob() | st.ControlQueue() | st.ExplainJob() | st.CreateJob() | st.BackupStatement():
+        case st.ControlJob() | st.ControlQueue() | st.LimitQueue() | st.ExplainJob() | st.CreateJob():
             return Role.DBA
         case st.Show(kind=st.ShowKind.ALL | st.ShowKind.COLUMNS | st.ShowKind.JOB):
             return Role.DBA

@@ -107,6 +107,16 @@ class Cursor:
         self.at += 1
         return token.string
 
+    def whole(self, what: str) -> int:
+        """A whole number, which may have a minus."""
+        sign = -1 if self.accept("-") else 1
+        token = self.token
+        value = number(token.text) if token is not None and token.kind is TokenKind.NUMBER else None
+        if not isinstance(value, int):
+            raise self.unexpected(what)
+        self.at += 1
+        return sign * value
+
     def names(self) -> tuple[str, ...]:
         """(name, name, ...)"""
         self.expect("(")

@@ -11,6 +11,7 @@ import pyarrow as pa
 from kalamdb.catalog import CatalogEntry
 from kalamdb.errors import IdempotencyConflict, InvalidRequest, NotFound
 from kalamdb.jobs import Job, JobRequest, UnifiedJobManager
+from kalamdb.jobs.model import counted
 from kalamdb.result import Result
 from kalamdb.sql import statements as st
 from kalamdb.sql.caller import Caller
@@ -20,7 +21,7 @@ from kalamdb.tables.compact import choose
 from kalamdb.tables.store import TableStore
 from kalamdb.types import TableKind
 
-JOB_STATEMENTS = (st.ControlJob, st.ControlQueue, st.ExplainJob, st.CreateJob, st.Maintain)
+JOB_STATEMENTS = (st.ControlJob, st.ControlQueue, st.LimitQueue, st.ExplainJob, st.CreateJob, st.Maintain)
 
 
 class JobAdmin:
@@ -42,6 +43,10 @@ class JobAdmin:
                 else:
                     self._manager.resume_queue(queue)
                 return Result(row_count=1, message=f"Queue {queue} {'paused' if paused else 'resumed'}")
+            case st.LimitQueue(queue=queue, limit=limit):
+                self._manager.limit_queue(queue, limit)
+                told = "has no limit" if limit is None else f"runs at most {counted(limit, 'job')} at once"
+                return Result(row_count=1, message=f"Queue {queue} {told}")
             case st.ExplainJob(job_id=job_id):
                 return Result(_reasons(job_id, self._manager.explain_job(job_id)))
             case st.CreateJob():

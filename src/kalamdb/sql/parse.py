@@ -16,7 +16,7 @@ from kalamdb.sql.backups import (
     parse_verify,
 )
 from kalamdb.sql.cursor import Cursor
-from kalamdb.sql.parse_jobs import parse_call, parse_control, parse_job_id
+from kalamdb.sql.parse_jobs import parse_alter_queue, parse_call, parse_control, parse_job_id
 from kalamdb.sql.parse_table import parse_alter_table, parse_create_table, parse_options
 from kalamdb.sql.schedules import parse_schedule_statement
 from kalamdb.sql.storages import parse_storage_check, parse_storage_statement
@@ -134,6 +134,8 @@ def _alter(cursor: Cursor) -> st.Statement:
         options = parse_options(cursor)
         cursor.end()
         return st.AlterNamespace(cursor.sql, name, {key.lower(): value for key, value in options.items()})
+    if cursor.peek("QUEUE"):
+        return parse_alter_queue(cursor)
     _table_kind(cursor)
     cursor.expect("TABLE")
     return parse_alter_table(cursor)

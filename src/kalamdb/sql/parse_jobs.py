@@ -39,6 +39,19 @@ def parse_control(verb: st.JobVerb) -> Callable[[Cursor], st.Statement]:
     return handler
 
 
+def parse_alter_queue(cursor: Cursor) -> st.Statement:
+    """ALTER QUEUE name SET LIMIT n | DROP LIMIT."""
+    cursor.expect("QUEUE")
+    queue = cursor.name_or_string("a queue name")
+    if cursor.accept("DROP", "LIMIT"):
+        limit = None
+    else:
+        cursor.expect("SET", "LIMIT")
+        limit = cursor.whole("a number of jobs")
+    cursor.end()
+    return st.LimitQueue(cursor.sql, queue, limit)
+
+
 def parse_call(cursor: Cursor) -> st.Statement:
     """CALL create_job(type [, parameters])."""
     cursor.expect("CALL")

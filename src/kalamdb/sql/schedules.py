@@ -71,24 +71,16 @@ def _clause(cursor: Cursor, changes: dict[str, st.Expr]) -> None:
         except ValueError:
             raise InvalidRequest(f"MISFIRE {word} is not one of {', '.join(Misfire)}") from None
         if cursor.accept("MAX"):
-            changes["catch_up_max"] = _whole(cursor, "a number of times")
+            changes["catch_up_max"] = cursor.whole("a number of times")
             before += 1
     elif cursor.accept("QUEUE"):
         changes["queue"] = cursor.name_or_string("a queue name")
     elif cursor.accept("PRIORITY"):
-        changes["priority"] = _whole(cursor, "a priority")
+        changes["priority"] = cursor.whole("a priority")
     else:
         raise cursor.unexpected("CRON, EVERY, PARAMETERS, TIME ZONE, MISFIRE, QUEUE or PRIORITY")
     if len(changes) == before:
         raise InvalidRequest(f"the statement states the same clause twice: {cursor.sql[:80]}")
-
-
-def _whole(cursor: Cursor, what: str) -> int:
-    sign = -1 if cursor.accept("-") else 1
-    text = cursor.take().text
-    if not text.isdigit():
-        raise InvalidRequest(f"'{text}' stands where {what} is expected")
-    return sign * int(text)
 
 
 def _span(cursor: Cursor) -> float:

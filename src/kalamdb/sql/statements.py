@@ -325,6 +325,14 @@ class ControlQueue(Statement):
 
 
 @dataclass(frozen=True, slots=True)
+class LimitQueue(Statement):
+    """ALTER QUEUE: how many of its jobs run at once; None lifts the limit."""
+
+    queue: str
+    limit: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class CreateJob(Statement):
     """CALL create_job(type, parameters as JSON)."""
 
