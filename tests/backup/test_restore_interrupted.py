@@ -70,7 +70,7 @@ def test_a_stale_restore_decides_nothing(world: Image) -> None:
         if not held.is_held:
             context.stop()
             break
-        steps.append(held.step)
+        steps.append(held.steps[-1])
         changes = {"status": JobStatus.QUEUED, "outcome": AttemptOutcome.INTERRUPTED}
         job_id, lease_id = first.row.job_id, first.row.lease_id
         context.backend.commit(Batch(jobs=[JobMove(job_id, JobStatus.RUNNING, lease_id, changes)]))
@@ -83,6 +83,6 @@ def test_a_stale_restore_decides_nothing(world: Image) -> None:
         after = context.backend.jobs.get(job_id), context.backend.jobs.events(job_id), context.backups.pending()
         assert after == before
         context.stop()
-        assert state(trial) == world.after, held.step
+        assert state(trial) == world.after, steps
         at += 1
     assert len(steps) >= 2

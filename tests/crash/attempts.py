@@ -93,15 +93,19 @@ class Attempt:
 
 
 class HeldThread:
-    """Runs work in a thread and holds it before its commit number `at`, from 0."""
+    """Runs work in a thread and holds it before its step number `at`, from 0: a commit, or one on files too.
 
-    def __init__(self, at: int) -> None:
+    None holds it nowhere.
+    """
+
+    def __init__(self, at: int | None, *, on_files: bool = False) -> None:
         self._at = at
-        self._commits = 0
+        self._on_files = on_files
+        self.steps: list[str] = []
+        """Names of the steps that it came to; it is held before the last one when it is held."""
         self._stopped, self._go = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
         self.is_held = False
-        self.step = ""
         self.late: list[str] = []
         """Commits that were accepted after the worker was released."""
         self.error: BaseException | None = None
@@ -112,10 +116,11 @@ class HeldThread:
             return
         if self._go.is_set() and point.startswith("after commit"):
             self.late.append(point)
-        if point.startswith("before commit"):
-            self._commits += 1
-            if self._commits == self._at + 1:
-                self.is_held, self.step = True, point
+        when, _, step = point.partition(" ")
+        if when == "before" and (step.startswith("commit") or (self._on_files and path is not None)):
+            self.steps.append(step)
+            if len(self.steps) - 1 == self._at:
+                self.is_held = True
                 self._stopped.set()
                 assert self._go.wait(_WAIT_S)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -11,6 +11,9 @@ import pytest
 from kalamdb.database import Database
 from kalamdb.errors import InvalidRequest, LeaseLost, LimitExceeded, Unavailable
 from kalamdb.jobs import Completed, Job, JobContext
+from kalamdb.storage import Batch
+from kalamdb.storage.jobs import AttemptOutcome, Hold, JobMove, JobStatus
+from kalamdb.testing.jobs import drain, open_manual
 from tests.jobs.conftest import Gate, World, texts, until
 
 Open = Callable[..., Database]
@@ -182,6 +185,41 @@ def test_a_transaction_begun_under_a_lease_that_went_does_not_commit(db: Databas
     gate.open.set()
     until(lambda: db.jobs.runner.abandoned_threads == 0)
     assert len(seen) == 1 and rows(db) == []
+
+
+@pytest.fixture
+def lapse() -> Iterator[Callable[[Callable[[Any], Any]], list[Batch]]]:
+    """Runs a write of a job whose lease the store has taken back without telling the job; the commits it made."""
+    with open_manual(limits_batch_rows_max=8) as db:
+        db.execute("CREATE SHARED TABLE t (id INT PRIMARY KEY, v TEXT)")
+        backend = db.context.backend
+        writes: list[Callable[[Any], Any]] = []
+        commits: list[Batch] = []
+
+        @db.jobs.executor("stale", prefix="ST")
+        def stale(ctx: JobContext[Any]) -> None:
+            changes = {"status": JobStatus.QUEUED, "outcome": AttemptOutcome.INTERRUPTED, "hold": Hold.PAUSED}
+            backend.commit(Batch(jobs=[JobMove(ctx.row.job_id, JobStatus.RUNNING, ctx.row.lease_id, changes)]))
+            backend.observe(lambda batch, _: commits.append(batch))
+            ctx.check()
+            with pytest.raises(LeaseLost):
+                writes[0](ctx)
+
+        def run_stale(write: Callable[[Any], Any]) -> list[Batch]:
+            writes.append(write)
+            job = db.jobs.create_job("stale")
+            drain(db)
+            assert db.jobs.get_job(job.id).status == "queued" and db.ran == [job.id]
+            return commits
+
+        yield run_stale
+        assert db.check().problems == []
+
+
+def test_a_large_insert_without_the_lease_does_not_even_name_its_file(
+    lapse: Callable[[Callable[[Any], Any]], list[Batch]],
+) -> None:
+    assert lapse(lambda ctx: ctx.insert("t", [{"id": number, "v": "late"} for number in range(20)])) == []
 
 
 def test_async_executors_await_the_database(db: Database) -> None:

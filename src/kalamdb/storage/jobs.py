@@ -294,6 +294,19 @@ JobOp = JobInsert | JobMove | JobFence | JobScrub
 """What a batch may do to jobs."""
 
 
+def fence_of(op: JobOp) -> JobFence | None:
+    """The precondition that the lease is held which an operation of its holder needs; None for those of nobody."""
+    match op:
+        case JobFence():
+            return op
+        case JobMove(job_id=job_id, status=JobStatus.RUNNING, lease_id=int(lease_id)):
+            return JobFence(job_id, lease_id)
+        case JobScrub(job_id=job_id, lease_id=int(lease_id)):
+            return JobFence(job_id, lease_id)
+        case _:
+            return None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Claim:
     """Which jobs to start: up to `limit` that are due and not held.

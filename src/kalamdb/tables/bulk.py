@@ -31,6 +31,7 @@ from kalamdb.storage import (
     RecordOp,
     record_key,
 )
+from kalamdb.storage.jobs import fence_of
 from kalamdb.tables.layout import KEY
 from kalamdb.tables.mirror import write_mirror
 from kalamdb.tables.segments import IntentRecord, SegmentRecord, matches, write_segment
@@ -66,14 +67,17 @@ class SegmentDraft:
 
 
 class Naming:
-    """Names files by intent before they are created, and cleans up names that are not published."""
+    """Names files by intent before they are created, and cleans up names that are not published.
+
+    Each commit of it is fenced by the leases that `jobs` carries.
+    """
 
     def __init__(
-        self, store: TableStore, entry: CatalogEntry, job: JobOps = (), owner: IntentRecord | None = None
+        self, store: TableStore, entry: CatalogEntry, jobs: JobOps = (), owner: IntentRecord | None = None
     ) -> None:
         self._store = store
         self._entry = entry
-        self._job = job
+        self._fences = [fence for op in jobs if (fence := fence_of(op)) is not None]
         self._owner = owner or IntentRecord(segment_id="", process=store.process)
         self._names: dict[str, Seq] = {}
 
@@ -85,7 +89,7 @@ class Naming:
         op = RecordOp(record_key(RecordKind.INTENT, uid, segment_id), msgspec.msgpack.encode(intent), ABSENT)
         store.drafting.add(segment_id)
         try:
-            batch = Batch(records=[op, store.alive(uid)], jobs=list(self._job), names_files=True)
+            batch = Batch(records=[op, store.alive(uid)], jobs=list(self._fences), names_files=True)
             self._names[segment_id] = store.commit(batch).seq
         except BaseException:
             store.drafting.discard(segment_id)
@@ -104,12 +108,12 @@ class Naming:
         self._names.clear()
 
     def abandon(self) -> None:
-        """Take the names back, then remove the files. What fails here is left to the sweep."""
+        """Take the names back, then remove the files. What fails, for want of the lease too, is left to the sweep."""
         store = self._store
         for segment_id in list(self._names):
             path = store.path_of(self._entry.definition, segment_id)
             try:
-                store.commit(Batch(records=[self.release(segment_id)], names_files=True))
+                store.commit(Batch(records=[self.release(segment_id)], jobs=list(self._fences), names_files=True))
                 store.files.unlink(path)
             except Exception:  # noqa: BLE001 - the first error is the one to report; the sweep removes the file
                 store.log.debug("segment file '%s' is left to the sweep", path)
@@ -119,13 +123,13 @@ class Naming:
 
 @contextmanager
 def naming(
-    store: TableStore, entry: CatalogEntry, job: JobOps = (), owner: IntentRecord | None = None
+    store: TableStore, entry: CatalogEntry, jobs: JobOps = (), owner: IntentRecord | None = None
 ) -> Iterator[Naming]:
     """Names for new files of a table; those not published when the block ends are taken back.
 
-    A crash inside leaves intents and files; the sweep removes both.
+    A crash inside, or the loss of the lease, leaves intents and files; the sweep removes both.
     """
-    names = Naming(store, entry, job, owner)
+    names = Naming(store, entry, jobs, owner)
     try:
         yield names
     finally:
@@ -148,13 +152,14 @@ def publish(
 def commit_drafts(store: TableStore, drafts: Sequence[SegmentDraft], *, jobs: JobOps = ()) -> Commit:
     """Write each draft as a segment and publish all in one commit, durable on return.
 
-    Raises ExpectationFailed when a key is not at its expected version any more.
+    `jobs` go with that commit; the leases that they hold by fence the names of the files before it.
+    Raises ExpectationFailed when a key is not at its expected version any more, LeaseLost.
     """
     with ExitStack() as stack:
         watches = [stack.enter_context(store.watch(draft.entry.definition.uid)) for draft in drafts]
         written: list[tuple[SegmentDraft, Naming, SegmentRecord]] = []
         for draft in drafts:
-            names = stack.enter_context(naming(store, draft.entry))
+            names = stack.enter_context(naming(store, draft.entry, jobs))
             segment_id, path = names.next()
             layout = store.layout(draft.entry.definition)
             record = write_segment(

@@ -58,6 +58,7 @@ class BackupExecutor(JobExecutor[BackupParams]):
             manifest = self._backups.take(params.path, ctx, _message, incremental=params.incremental)
             message = manifest.message
             if params.keep_daily is not None or params.keep_weekly is not None:
+                ctx.amend({})  # Whoever lost the lease meanwhile removes nothing.
                 pruned = self._backups.prune(params.path, daily=params.keep_daily or 0, weekly=params.keep_weekly or 0)
                 message += f"; {len(pruned.removed)} older removed"
         except (Corrupt, InvalidRequest) as exc:
