@@ -357,7 +357,8 @@ class _Services:
         if any(isinstance(one, st.Insert | st.Update | st.Delete | st.CreateJob) for one in statements):
             with self._database._transaction(user, lambda: [fence]) as transaction:
                 return transaction.execute(sql, params)
-        return self._database.execute(sql, params, user=user)
+        with self._database.context.backend.under_lease(fence):
+            return self._database.execute(sql, params, user=user)
 
     def insert(self, table: str, data: Any, *, user: str | None, fence: JobFence) -> int:
         with self._database._transaction(user, lambda: [fence]) as transaction:

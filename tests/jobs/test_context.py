@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -187,11 +188,25 @@ def test_a_transaction_begun_under_a_lease_that_went_does_not_commit(db: Databas
     assert len(seen) == 1 and rows(db) == []
 
 
+def fill_all(db: Database) -> None:
+    """Something that each of _STATEMENTS would change."""
+    db.execute("""
+        CREATE SHARED TABLE t (id INT PRIMARY KEY, v TEXT); INSERT INTO t VALUES (1, 'x');
+        CREATE NAMESPACE ns; CREATE VIEW ns.v AS SELECT id FROM default.t;
+        CREATE USER ann; CREATE USER dan; DROP USER dan; PAUSE QUEUE held
+    """)
+    db.jobs.executor("other", prefix="OT", queue="held")(lambda ctx: None)
+    _, paused, ended = db.jobs.create_jobs([{"job_type": "other"} for _ in range(3)])
+    db.jobs.pause_job(paused.id)
+    db.jobs.cancel_job(ended.id)
+    db.execute("CREATE SCHEDULE s FOR JOB other EVERY 60 SECONDS")
+
+
 @pytest.fixture
 def lapse() -> Iterator[Callable[[Callable[[Any], Any]], list[Batch]]]:
     """Runs a write of a job whose lease the store has taken back without telling the job; the commits it made."""
     with open_manual(limits_batch_rows_max=8) as db:
-        db.execute("CREATE SHARED TABLE t (id INT PRIMARY KEY, v TEXT)")
+        fill_all(db)
         backend = db.context.backend
         writes: list[Callable[[Any], Any]] = []
         commits: list[Batch] = []
@@ -209,7 +224,7 @@ def lapse() -> Iterator[Callable[[Callable[[Any], Any]], list[Batch]]]:
             writes.append(write)
             job = db.jobs.create_job("stale")
             drain(db)
-            assert db.jobs.get_job(job.id).status == "queued" and db.ran == [job.id]
+            assert db.jobs.get_job(job.id).status == "queued" and job.id in db.ran
             return commits
 
         yield run_stale
@@ -220,6 +235,53 @@ def test_a_large_insert_without_the_lease_does_not_even_name_its_file(
     lapse: Callable[[Callable[[Any], Any]], list[Batch]],
 ) -> None:
     assert lapse(lambda ctx: ctx.insert("t", [{"id": number, "v": "late"} for number in range(20)])) == []
+
+
+_STATEMENTS = """
+    CREATE NAMESPACE late; ALTER NAMESPACE ns SET OPTIONS (a = 1); DROP NAMESPACE ns;
+    CREATE SHARED TABLE ns.late (id INT PRIMARY KEY); ALTER TABLE t ADD COLUMN w INT; TRUNCATE TABLE t; DROP TABLE t;
+    CREATE VIEW ns.late AS SELECT id FROM default.t; DROP VIEW ns.v;
+    CREATE USER late; ALTER USER ann SET EMAIL 'late@example.org'; DROP USER ann; RESTORE USER dan; PURGE USER ann;
+    PAUSE QUEUE q; RESUME QUEUE q; ALTER QUEUE q SET LIMIT 2;
+    CREATE SCHEDULE late FOR JOB stale EVERY 60 SECONDS; ALTER SCHEDULE s PAUSE; DROP SCHEDULE s; RUN SCHEDULE s;
+    STORAGE FLUSH TABLE t; STORAGE FLUSH ALL IN default; STORAGE COMPACT TABLE t;
+    KILL JOB '{waiting}'; PAUSE JOB '{waiting}'; RESUME JOB '{paused}'; RETRY JOB '{ended}'; BACKUP DATABASE TO '{path}'
+"""
+
+
+def test_no_statement_commits_once_the_store_has_taken_the_lease_back(
+    lapse: Callable[[Callable[[Any], Any]], list[Batch]], tmp_path: Path
+) -> None:
+    refused = []
+
+    def write(ctx: JobContext[Any]) -> None:
+        waiting, paused, ended = [
+            row[0] for row in ctx.execute("SELECT job_id FROM system.jobs ORDER BY job_id LIMIT 3")
+        ]
+        text = _STATEMENTS.format(waiting=waiting, paused=paused, ended=ended, path=tmp_path / "backups")
+        for statement in text.split(";"):
+            with pytest.raises(LeaseLost):
+                ctx.execute(statement)
+            refused.append(statement.split()[0])
+        raise LeaseLost("all were")
+
+    assert lapse(write) == [] and len(refused) == 29
+
+
+def test_a_statement_of_a_job_commits_under_its_lease_and_binds_nothing_afterwards(db: Database) -> None:
+    @db.jobs.executor("builder", prefix="BU")
+    def builder(ctx: JobContext[Any]) -> str:
+        ctx.execute("CREATE NAMESPACE made; CREATE SHARED TABLE made.t (id INT PRIMARY KEY)")
+        with ctx.transaction(complete="built") as tx:
+            tx.execute("INSERT INTO made.t VALUES (2)")
+        db.execute("CREATE NAMESPACE afterwards")
+        with pytest.raises(LeaseLost):
+            ctx.execute("DROP NAMESPACE made")
+        return "unused"
+
+    assert run(db, "builder").message == "built"
+    assert db.execute("SELECT id FROM made.t").rows == [(2,)]
+    assert {"made", "afterwards"} <= {row[1] for row in db.execute("SHOW NAMESPACES").rows}
 
 
 def test_async_executors_await_the_database(db: Database) -> None:

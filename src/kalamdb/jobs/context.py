@@ -219,7 +219,12 @@ class JobContext(Generic[Params]):
     def execute(
         self, sql: str, params: Sequence[Any] | Mapping[str, Any] | None = None, *, user: str | None = None
     ) -> Any:
-        """Run SQL; its writes hold only while the lease does."""
+        """Run SQL; its writes hold only while the lease does.
+
+        INSERT, UPDATE, DELETE and CALL of one text are one commit. Every other statement is one commit of its own,
+        STORAGE FLUSH and COMPACT ... ALL one per table; each is refused with LeaseLost when the lease went before
+        it. What PRUNE BACKUPS removes lies outside the database and is bound to nothing.
+        """
         return self._services().execute(sql, params, user=user, fence=self.fence())
 
     def insert(self, table: str, data: Any, *, user: str | None = None) -> int:

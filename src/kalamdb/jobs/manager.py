@@ -14,7 +14,6 @@ from kalamdb.errors import (
     Conflict,
     IdempotencyConflict,
     InvalidRequest,
-    LeaseLost,
     LimitExceeded,
     NotFound,
     Timeout,
@@ -30,7 +29,7 @@ from kalamdb.jobs.runner import Runner
 from kalamdb.jobs.settings import JobSettings
 from kalamdb.jobs.workers import WorkersFactory
 from kalamdb.service import Loop
-from kalamdb.storage import Batch, Commit, StorageBackend
+from kalamdb.storage import Batch, Commit, Fenced, StorageBackend
 from kalamdb.storage.jobs import (
     PRIORITY_MAX,
     Events,
@@ -463,7 +462,7 @@ class UnifiedJobManager:
     def _moved(self, row: JobRow, changes: Mapping[str, Any], events: Events) -> bool:
         try:
             commit = self._backend.commit(Batch(jobs=[JobMove(row.job_id, row.status, row.lease_id, changes, events)]))
-        except LeaseLost:
+        except Fenced:
             return False
         self._backend.wait_durable(commit)
         return True

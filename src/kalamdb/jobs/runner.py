@@ -314,14 +314,14 @@ class Runner:
         if attempt is None:
             try:
                 self._commit(row.job_id, row.lease_id, self._endings.cancelled())
-            except LeaseLost:
+            except Fenced:
                 pass
             return
-        attempt.context.interrupt(InterruptReason.CANCEL)
         try:
             attempt.context.amend({"cancel_requested": True})
-        except LeaseLost:
+        except Fenced:
             pass
+        attempt.context.interrupt(InterruptReason.CANCEL)
         if not self._clock.wait(attempt.ended, self._settings.cancel_timeout_s) and not self._revoke(attempt):
             self._clock.wait(attempt.ended, self._settings.cancel_timeout_s)
 
@@ -354,7 +354,9 @@ class Runner:
         context.revoke()
         reason = context.interrupt_reason or InterruptReason.STOP
         try:
-            self._commit(attempt.row.job_id, context.lease_id, self._endings.interrupted(attempt.row, reason))
+            # The move is the runner's, whichever statement of whichever job waits for it.
+            with self._backend.under_lease(None):
+                self._commit(attempt.row.job_id, context.lease_id, self._endings.interrupted(attempt.row, reason))
         except LeaseLost:
             pass
         finally:

@@ -401,6 +401,13 @@ class StorageBackend(Protocol):
         """
         ...
 
+    def under_lease(self, fence: JobFence | None) -> AbstractContextManager[None]:
+        """Inside, each `commit` of this thread holds only under that lease (None: of none), else LeaseLost.
+
+        For statements, whose commits are made in many places; who makes a batch itself puts the fence into it.
+        """
+        ...
+
     def claim(self, wanted: Claim, batch: Batch | None = None) -> Commit | None:
         """Apply `batch` and start jobs as `wanted` says, each under a new lease, in one commit.
 

@@ -16,7 +16,7 @@ from typing import Any, Final, Protocol
 import msgspec
 
 from kalamdb.clock import Clock
-from kalamdb.errors import IdempotencyConflict, Internal, InvalidRequest
+from kalamdb.errors import IdempotencyConflict, Internal, InvalidRequest, LeaseLost
 from kalamdb.storage import Batch, Commit, Fenced
 from kalamdb.storage import job_keys as jk
 from kalamdb.storage.job_lanes import Lane, WaitingJobs
@@ -170,6 +170,14 @@ class JobIndex:
                 self._stage_admissions(claim, now_ms, staged)
         self._close(staged)
         return staged
+
+    def check_lease(self, fence: JobFence) -> None:
+        """Raise LeaseLost unless the job runs under that lease. Called under the commit lock."""
+        try:
+            self._require_lease(fence, self.begin())
+        except Fenced as lost:
+            # Not as Fenced: that says of an operation of the batch that its job moved on.
+            raise LeaseLost(str(lost)) from None
 
     def _require_lease(self, fence: JobFence, staged: Staged) -> None:
         stored = self._row(fence.job_id, staged)

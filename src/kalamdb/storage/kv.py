@@ -19,7 +19,7 @@ import os
 import struct
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
 
@@ -50,11 +50,12 @@ from kalamdb.storage import (
     record_prefix,
     record_uid,
 )
+from kalamdb.storage.bound import ThreadLease
 from kalamdb.storage.committer import Committer, refused
 from kalamdb.storage.former import ROW_HEADER, former_payloads
 from kalamdb.storage.job_index import JobIndex, Staged
 from kalamdb.storage.job_keys import JOB_SPACES
-from kalamdb.storage.jobs import Claim
+from kalamdb.storage.jobs import Claim, JobFence
 from kalamdb.storage.kv_check import check_store
 from kalamdb.storage.ordered import KvReader, OrderedKv, Range, Write
 from kalamdb.storage.spaces import Space
@@ -231,6 +232,7 @@ class KvBackend:
         self._pid = os.getpid()
         # Reentrant: an observer and a claim's callback may read through the backend.
         self._lock = threading.RLock()
+        self._bound = ThreadLease()
         self._observers: list[CommitObserver] = []
         self._former_of: Set[TableUid] = frozenset()
         self._closed = False
@@ -305,7 +307,14 @@ class KvBackend:
 
     def commit(self, batch: Batch) -> Commit:
         """See StorageBackend. A batch whose idempotency key is known is not applied again."""
-        return self._commit(batch)
+        with self._lock:
+            if (fence := self._bound.fence) is not None:
+                self._jobs.check_lease(fence)
+            return self._commit(batch)
+
+    def under_lease(self, fence: JobFence | None) -> AbstractContextManager[None]:
+        """See StorageBackend."""
+        return self._bound.under(fence)
 
     def claim(self, wanted: Claim, batch: Batch | None = None) -> Commit | None:
         """See StorageBackend."""

@@ -19,7 +19,7 @@ from kalamdb.backup.restore import PENDING_KEY
 from kalamdb.config import Settings
 from kalamdb.files import FileOps
 from kalamdb.storage import Batch, Caps, Commit, CommitObserver, JobStore, RecordKind, Snapshot, StorageBackend
-from kalamdb.storage.jobs import TERMINAL, Claim, JobMove
+from kalamdb.storage.jobs import TERMINAL, Claim, JobFence, JobMove
 from kalamdb.storage.memory import MemoryKv
 from kalamdb.types import Seq, TableUid
 
@@ -209,6 +209,10 @@ class SteppedBackend:
         self._on_step(f"before durability of the {name}", None)
         self.inner.wait_durable(commit, names_files=names_files)
         self._on_step(f"after durability of the {name}", None)
+
+    def under_lease(self, fence: JobFence | None) -> AbstractContextManager[None]:
+        """See StorageBackend."""
+        return self.inner.under_lease(fence)
 
     def claim(self, wanted: Claim, batch: Batch | None = None) -> Commit | None:
         """See StorageBackend; not announced: starting jobs is no step of theirs."""

@@ -87,6 +87,10 @@ class FlakyBackend:
             raise UnknownOutcome(batch.idempotency_key)
         return self.inner.commit(batch)
 
+    def under_lease(self, fence: JobFence | None) -> AbstractContextManager[None]:
+        """See StorageBackend."""
+        return self.inner.under_lease(fence)
+
     def claim(self, wanted: Claim, batch: Batch | None = None) -> Commit | None:
         """See StorageBackend; may be busy."""
         self.delay()

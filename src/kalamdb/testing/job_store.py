@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from kalamdb.errors import IdempotencyConflict, Internal, InvalidRequest
+from kalamdb.errors import IdempotencyConflict, Internal, InvalidRequest, LeaseLost
 from kalamdb.storage import Batch, Busy, Fenced, JobFence, JobInsert, JobMove, StorageBackend
 from kalamdb.storage.jobs import AGEING_MS, LEGAL_MOVES, AttemptOutcome, Claim, Hold, JobFilter, JobRow, JobStatus
 from kalamdb.testing.clock import SimulatedClock
@@ -606,6 +606,22 @@ class JobStoreContract:
             (3, "completed", "yes", None, {"n": 1})
         ]  # fmt: skip
         assert (found[0].finished_at or 0) >= found[0].started_at + 2000
+
+    def test_what_a_thread_commits_under_a_lease_holds_only_while_the_job_has_it(self, backend: StorageBackend) -> None:
+        insert(backend, job())
+        [running] = claim(backend)
+        fence = JobFence(running.job_id, running.lease_id or 0)
+        with backend.under_lease(fence):
+            insert(backend, job())
+            move(backend, running, status=JobStatus.COMPLETED)
+            with pytest.raises(LeaseLost):
+                insert(backend, job())
+            with backend.under_lease(None):
+                insert(backend, job())
+            with pytest.raises(LeaseLost):
+                insert(backend, job())
+        insert(backend, job())
+        assert backend.jobs.count(JobStatus.NEW) + backend.jobs.count(JobStatus.QUEUED) == 3
 
     # Deleting
 
