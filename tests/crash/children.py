@@ -114,17 +114,17 @@ def params_of(job_type: str, path: Path) -> dict[str, Any]:
 
 
 def work(path: Path, job_type: str, output: Connection) -> None:
-    """Run a job; send its id once it is accepted, then how it ended. After a restore open what it restored."""
+    """Run a job; say its id once it is accepted, then how it ended. After a restore open what it restored, say so."""
     with Database(AppContext(path, quiet())) as db:
         job = db.jobs.create_job(job_type, params_of(job_type, path))
         output.send(job.id)
-        status = str(db.jobs.wait(job.id, 60).status)
-    if job_type == "restore":
-        with Database(AppContext(path, quiet())) as db:
-            assert db.context.probation is not None
-            db.context.probation.over.wait(60)
-    output.send(status)
-    multiprocessing.Event().wait()
+        output.send(str(db.jobs.wait(job.id, 60).status))
+        if job_type != "restore":
+            multiprocessing.Event().wait()
+    with Database(AppContext(path, quiet())) as db:
+        _start(db)
+        output.send("started")
+        multiprocessing.Event().wait()
 
 
 def _run(db: Database, job_type: str, params: dict[str, Any] | None = None) -> None:
