@@ -119,7 +119,7 @@ class Storages:
         self.files = LocalFiles(local, operations)
         """Files of all storages."""
         self.membership = threading.Lock()
-        """Held by who adds a table to a storage or a namespace, and by who drops one of those."""
+        """Held by who adds a storage, or a table to a storage or a namespace, and by who drops one of those."""
 
     def start(self) -> None:
         """Load what is stored and follow later commits."""
@@ -175,11 +175,17 @@ class Storages:
         let files be written, read, listed and removed.
         """
         check_name("storage", definition.storage_id)
-        if definition.storage_id == LOCAL or definition.storage_id in self._known:
-            if if_not_exists:
-                return False
-            raise Conflict(f"Storage '{definition.storage_id}' already exists")
-        _check_definition(definition)
+        # One at a time: two must not take one directory.
+        with self.membership:
+            if definition.storage_id == LOCAL or definition.storage_id in self._known:
+                if if_not_exists:
+                    return False
+                raise Conflict(f"Storage '{definition.storage_id}' already exists")
+            _check_definition(definition)
+            self._create(definition)
+        return True
+
+    def _create(self, definition: StorageDef) -> None:
         base = self._checked_base(definition.base_directory)
         now_ms = self._clock.now_ms()
         stored = msgspec.structs.replace(
@@ -193,7 +199,6 @@ class Storages:
                 self._commit(stored, ABSENT)
             except ExpectationFailed:
                 raise Conflict(f"Storage '{stored.storage_id}' already exists") from None
-        return True
 
     def alter(self, storage_id: str, changes: Mapping[str, Any]) -> None:
         """Change fields of a storage; those that say where its files lie cannot be changed. Raises NotFound,
