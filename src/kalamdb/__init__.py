@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from kalamdb.errors import (
+    Cancelled,
     Closed,
     Conflict,
     Corrupt,
@@ -17,6 +18,7 @@ from kalamdb.errors import (
     LeaseLost,
     LimitExceeded,
     NotFound,
+    RateLimited,
     Timeout,
     TransactionConflict,
     Unauthenticated,
@@ -57,6 +59,7 @@ def __getattr__(name: str) -> Any:
 
 __all__ = [
     "AsyncDatabase",
+    "Cancelled",
     "Closed",
     "Conflict",
     "Corrupt",
@@ -70,6 +73,7 @@ __all__ = [
     "LeaseLost",
     "LimitExceeded",
     "NotFound",
+    "RateLimited",
     "Result",
     "Timeout",
     "TransactionConflict",

@@ -44,11 +44,12 @@ from kalamdb.sql.backups import BackupAdmin
 from kalamdb.sql.caller import Caller, Params
 from kalamdb.sql.engine import Engine, EngineLimits
 from kalamdb.sql.jobs import JobAdmin
+from kalamdb.sql.queries import QueryAdmin, RunningQueries
 from kalamdb.sql.query import Reader
 from kalamdb.sql.rows import Rows
 from kalamdb.sql.schedules import ScheduleAdmin
 from kalamdb.sql.session import Session
-from kalamdb.sql.statements import BackupStatement, ScheduleStatement, StorageStatement, UserStatement
+from kalamdb.sql.statements import BackupStatement, KillQuery, ScheduleStatement, StorageStatement, UserStatement
 from kalamdb.sql.storages import StorageAdmin
 from kalamdb.sql.tokens import SqlLimits
 from kalamdb.sql.users import UserAdmin
@@ -114,7 +115,7 @@ class AppContext:
             self.session = self._make_session()
             self.live = self._make_live()
             self.introspection = Introspection(
-                clock=self.clock, store=self.store, session=self.session, engine=self._engine,
+                clock=self.clock, store=self.store, session=self.session, engine=self._engine, queries=self.queries,
                 manager=self._job_manager, backups=self.backups, directory=self.directory, probation=self.probation,
                 made_s=self.clock.monotonic_s(), users_counted=lambda: sum(1 for _ in self.users.all()),
                 logs_folder=self._logs_folder(path),
@@ -355,6 +356,7 @@ class AppContext:
         )
         rows = Rows(self.store, reader, self.clock)
         manager = self._job_manager
+        self.queries = RunningQueries(self.clock, s["logging.slow_query_threshold_ms"])
         admin = Admin(
             self.store, self.catalog, reader, self.system_tables, manager, self.clock,
             retention_hours=s["retention.default_deleted_retention_hours"],
@@ -367,6 +369,7 @@ class AppContext:
                 ScheduleStatement: ScheduleAdmin(self.schedules),
                 StorageStatement: StorageAdmin(self.storages, self.catalog),
                 BackupStatement: BackupAdmin(self.backups, manager),
+                KillQuery: QueryAdmin(self.queries),
             },
             limits=self._sql_limits(),
             cache_entries_max=s["execution.sql_plan_cache_max_entries"],

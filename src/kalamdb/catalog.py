@@ -61,6 +61,12 @@ DEFAULT_NAMESPACE = "default"
 SYSTEM_NAMESPACES = frozenset({"system", "information_schema"})
 
 
+class NamespaceNotFound(NotFound):
+    """A namespace does not exist; everybody may know which ones do."""
+
+    is_public = True
+
+
 class NamespaceDef(msgspec.Struct, frozen=True):
     """A namespace."""
 
@@ -270,7 +276,7 @@ class Catalog:
     def _require_namespace(self, name: str) -> tuple[NamespaceDef, Seq]:
         found = self._namespaces.get(name)
         if found is None:
-            raise NotFound(f"Namespace '{name}' does not exist")
+            raise NamespaceNotFound(f"Namespace '{name}' does not exist")
         return found
 
     # Tables
@@ -288,7 +294,7 @@ class Catalog:
             if spec.namespace in SYSTEM_NAMESPACES:
                 raise InvalidRequest(f"tables cannot be created in namespace '{spec.namespace}'")
             if spec.namespace not in self._namespaces:
-                raise NotFound(
+                raise NamespaceNotFound(
                     f"Namespace '{spec.namespace}' does not exist. Create it first with "
                     f"CREATE NAMESPACE {spec.namespace}"
                 )

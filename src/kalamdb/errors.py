@@ -11,6 +11,8 @@ KalamDbError
 ├── Unauthenticated         who calls is not proved: no token, a wrong or an expired one
 ├── LimitExceeded           a named limit was hit
 ├── Timeout                 a deadline passed
+├── Cancelled               the statement was ended from outside
+├── RateLimited             too much at a time; `.retry_after_s` says when to come again
 ├── Unavailable             the database cannot do this now; later it may
 │   └── DirectoryLocked     another process holds the directory; `.pid` is that process
 ├── Closed                  the object was closed
@@ -30,6 +32,11 @@ class KalamDbError(Exception):
     code: ClassVar[str] = "INTERNAL"
     http_status: ClassVar[int] = 500
     retryable: ClassVar[bool] = False
+    is_public: ClassVar[bool] = True
+    """Whether a server shows the message to callers that are not administrators. Not so where it may tell
+    what exists beyond what they may see, or how the server works."""
+    failed_sql: str | None = None
+    """The statement of a batch that raised it."""
 
 
 class InvalidRequest(KalamDbError):
@@ -44,6 +51,7 @@ class NotFound(KalamDbError):
 
     code = "NOT_FOUND"
     http_status = 404
+    is_public = False
 
 
 class Conflict(KalamDbError):
@@ -110,12 +118,32 @@ class Timeout(KalamDbError):
     retryable = True
 
 
+class Cancelled(KalamDbError):
+    """The statement was cancelled: by KILL QUERY, as the client went away, or as the server stops."""
+
+    code = "CANCELLED"
+    http_status = 400
+
+
+class RateLimited(KalamDbError):
+    """Too much is asked at a time; the same request succeeds after `retry_after_s` seconds."""
+
+    code = "RATE_LIMIT_EXCEEDED"
+    http_status = 429
+    retryable = True
+
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
 class Unavailable(KalamDbError):
     """The database cannot do this now; a later attempt may succeed."""
 
     code = "UNAVAILABLE"
     http_status = 503
     retryable = True
+    is_public = False
 
 
 class DirectoryLocked(Unavailable):
@@ -146,9 +174,11 @@ class Corrupt(KalamDbError):
     """Stored bytes are damaged; the message names the file."""
 
     code = "CORRUPT"
+    is_public = False
 
 
 class Internal(KalamDbError):
     """A mistake of this package; please report it with the message."""
 
     code = "INTERNAL"
+    is_public = False

@@ -15,6 +15,7 @@ from kalamdb.clock import Clock
 from kalamdb.jobs import UnifiedJobManager
 from kalamdb.machine import machine_figures
 from kalamdb.sql.engine import Engine
+from kalamdb.sql.queries import RunningQueries
 from kalamdb.sql.session import Session
 from kalamdb.storage.directory import DataDirectory
 from kalamdb.system import INFORMATION_SCHEMA, SYSTEM, SystemTable, columns_of
@@ -27,6 +28,7 @@ _TRANSACTIONS = columns_of(
     "transaction_id T, owner_id T, origin T, state T, age_ms BIGINT, idle_ms BIGINT, write_count BIGINT, "
     "write_bytes BIGINT, touched_tables_count BIGINT, snapshot_commit_seq BIGINT"
 )
+_QUERIES = columns_of("query_id T, user_id T, state T, started_at TS, duration_ms BIGINT, sql T")
 _ENGINE_TABLES = {
     "df_settings": "name T, value T?, description T?",
     "routines": "specific_catalog T?, specific_schema T?, specific_name T?, routine_catalog T?, routine_schema T?, "
@@ -65,6 +67,7 @@ class Introspection:
     store: TableStore
     session: Session
     engine: Engine
+    queries: RunningQueries
     manager: UnifiedJobManager
     backups: Backups
     directory: DataDirectory | None
@@ -122,6 +125,7 @@ class Introspection:
     def tables(self) -> Iterator[SystemTable]:
         """The system tables over these parts."""
         yield SystemTable(TableId(SYSTEM, "transactions"), _TRANSACTIONS, lambda _: self._transactions())
+        yield SystemTable(TableId(SYSTEM, "queries"), _QUERIES, lambda _: list(self.queries.rows()))
         yield from node_tables(
             NodeFacts(
                 figures=self.figures,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from kalamdb.errors import InvalidRequest
+from kalamdb.schema import DataType
 
 if TYPE_CHECKING:
     import pandas
@@ -20,11 +21,22 @@ _TYPE_METADATA = b"kalam"
 
 
 @dataclass(frozen=True, slots=True)
-class RowsFirst:
-    """Rows that are there as Python values already; Arrow is made when somebody asks for it."""
+class OutputColumn:
+    """A column of a result: its SQL type, and what is known of its values: nn (never NULL), pk (the primary key or
+    a part of it), uq (no value twice)."""
 
-    columns: list[str]
-    rows: list[tuple[Any, ...]]
+    name: str
+    kind: DataType
+    flags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RowsFirst:
+    """Rows that are there in stored form; Python values and Arrow are made when somebody asks for them."""
+
+    outputs: tuple[OutputColumn, ...]
+    stored: list[tuple[Any, ...]]
+    load: Callable[[], list[tuple[Any, ...]]]
     build: Callable[[], pyarrow.Table]
 
 
@@ -42,20 +54,27 @@ class Result:
         row_count: int | None = None,
         message: str | None = None,
         results: list[Result] | None = None,
+        known: Mapping[str, OutputColumn] | None = None,
     ) -> None:
         ready = table if isinstance(table, RowsFirst) else None
         self._build = ready.build if ready is not None else None
         self._table: pyarrow.Table | None = None if isinstance(table, RowsFirst) else table
-        self._rows: list[tuple[Any, ...]] | None = ready.rows if ready is not None else None
-        self._columns: list[str] | None = ready.columns if ready is not None else None
+        self._rows: list[tuple[Any, ...]] | None = None
+        self.ready = ready
+        """The rows in stored form, where they are there."""
+        self.outputs: tuple[OutputColumn, ...] | None = ready.outputs if ready is not None else None
+        """The columns, when they are known without a look at the Arrow table."""
+        self.known: Mapping[str, OutputColumn] = known or {}
+        """The columns of the table that was read, by name."""
+        self._columns: list[str] | None = None if self.outputs is None else [one.name for one in self.outputs]
         self.row_count: int = row_count if row_count is not None else self._count()
         self.message = message
         self.results: list[Result] = results if results is not None else [self]
         self._position = 0
 
     def _count(self) -> int:
-        if self._rows is not None:
-            return len(self._rows)
+        if self.ready is not None:
+            return len(self.ready.stored)
         return 0 if self._table is None else int(self._table.num_rows)
 
     @property
@@ -68,7 +87,9 @@ class Result:
     @property
     def rows(self) -> list[tuple[Any, ...]]:
         """All rows as tuples of Python values."""
-        if self._rows is None:
+        if self._rows is None and self.ready is not None:
+            self._rows = self.ready.load()
+        elif self._rows is None:
             self._rows = [] if self._table is None else table_rows(self._table)
         return self._rows
 

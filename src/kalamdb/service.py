@@ -43,6 +43,38 @@ class uninterrupted:
                 self._former(*self._pending)
 
 
+class WouldBlock(Exception):
+    """What was asked for would wait or take long, in a thread that must not; nothing was done."""
+
+
+class _Impatience(threading.local):
+    on = False
+
+
+_impatience = _Impatience()
+
+
+class impatient:
+    """A block in which this thread gets WouldBlock instead of waiting: see `may_block`."""
+
+    def __enter__(self) -> None:
+        _impatience.on = True
+
+    def __exit__(self, *exc: object) -> None:
+        _impatience.on = False
+
+
+def may_block() -> None:
+    """Stands before what waits or takes long: raises WouldBlock in a thread that is `impatient`."""
+    if _impatience.on:
+        raise WouldBlock
+
+
+def is_impatient() -> bool:
+    """Whether this thread is in an `impatient` block."""
+    return _impatience.on
+
+
 class Loop:
     """Calls `step` every `interval_s` seconds, at once when woken, and again while it returns True.
 

@@ -96,7 +96,7 @@ class Serving:
         self.sockets = Sockets()
         guards = Guards(settings, clock)
         self._auth = open_auth(context, host=host, sender_of=lambda request: peer_of(request.scope))
-        self._sql = SqlRoute(database, self._auth.authenticator, clock, os.cpu_count() or 2)
+        self._sql = SqlRoute(database, self._auth.authenticator)
         metrics = Metrics(database)
         context.backend.observe(metrics.on_commit)
         self._tracing = make_tracing(settings, clock)
@@ -137,6 +137,7 @@ class Serving:
         self.listener.stop_accepting()
         manager.stop_claims()
         await self.listener.finish_requests(signals.hurry, self._settings["shutdown.requests_s"])
+        self._sql.stop()
         closing = self.sockets.close_all(_CLOSE_SERVICE_RESTART, "the server restarts", timeout_s=_SOCKETS_CLOSING_S)
         await first_of(closing, signals.hurry.wait())
         self.listener.close()
@@ -148,9 +149,9 @@ class Serving:
 
     def _close(self) -> None:
         """Jobs get shutdown.timeout_s, then go as their on_interrupt says; last the store is synced and closed."""
-        self._database.close()
         self._sql.close()
         self._auth.close()
+        self._database.close()
         if self._tracing is not None:
             self._tracing.stop()
 

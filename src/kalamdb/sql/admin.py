@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kalamdb.alter import AddColumn, AlterChange, ModifyColumn, RowProbe
-from kalamdb.catalog import Catalog, CatalogEntry, TableSpec
+from kalamdb.catalog import Catalog, CatalogEntry, NamespaceNotFound, TableSpec
 from kalamdb.clock import Clock
 from kalamdb.errors import Denied, InvalidRequest, NotFound
 from kalamdb.jobs import JobRequest, UnifiedJobManager
@@ -99,7 +99,7 @@ class Admin:
 
     def _require_namespace(self, name: str) -> None:
         if not self._catalog.has_namespace(name):
-            raise NotFound(f"Namespace '{name}' does not exist")
+            raise NamespaceNotFound(f"Namespace '{name}' does not exist")
 
     def _drop_namespace(self, statement: st.DropNamespace) -> Result:
         try:

@@ -13,7 +13,7 @@ from kalamdb.sql.cursor import NOT_LITERAL, literal
 from kalamdb.sql.projection import name_columns
 from kalamdb.sql.pushdown import table_filters
 from kalamdb.sql.render import render
-from kalamdb.sql.statements import DefaultMarker, KeyLookup, KeyMatch, Select, TableName
+from kalamdb.sql.statements import DefaultMarker, KeyLookup, KeyMatch, Param, Select, TableName, Tail
 from kalamdb.sql.tokens import Token, TokenKind, tokenize
 
 SPECIALS = frozenset({"_seq", "_deleted"})
@@ -31,12 +31,21 @@ def analyse_select(text: str, tokens: Sequence[Token], *, explain: bool = False,
     specials = frozenset(_identifiers(tokens) & SPECIALS)
     lookup = None if explain else _key_lookup(tokens)
     if lookup is not None and not specials:
-        return Select(sql, (lookup[0],), lookup=lookup[1], filters=table_filters(sql, (lookup[0],)))
+        return Select(
+            sql,
+            (lookup[0],),
+            lookup=lookup[1],
+            filters=table_filters(sql, (lookup[0],)),
+            main=lookup[0],
+            star=lookup[1].projection is None,
+            tail=_tail(tokens, sql),
+        )
     _check_series(tokens)
     tree = _tree(sql)
     tables = _tables_of(tree)
+    named = name_columns(sql, tokens, tree, start)
     return Select(
-        name_columns(sql, tokens, tree, start),
+        named,
         tables,
         specials,
         deleted_in_where="_deleted" in specials and _in_where(tokens, "_deleted"),
@@ -44,7 +53,43 @@ def analyse_select(text: str, tokens: Sequence[Token], *, explain: bool = False,
         explain=explain,
         analyze=analyze,
         filters=table_filters(sql, tables),
+        main=_main_table(tree),
+        star=isinstance(tree, exp.Select) and any(isinstance(item, exp.Star) for item in tree.selects),
+        tail=_tail(tokens, named),
     )
+
+
+def _main_table(tree: exp.Expression) -> TableName | None:
+    if not isinstance(tree, exp.Select) or tree.args.get("joins") or tree.args.get("with_"):
+        return None
+    source = tree.args.get("from_")
+    table = source.this if source is not None else None
+    if not isinstance(table, exp.Table) or not isinstance(table.this, exp.Identifier) or table.args.get("joins"):
+        return None
+    return TableName(_identifier(table.args["db"]) if table.args.get("db") else None, _identifier(table.this))
+
+
+def _tail(tokens: Sequence[Token], sql: str) -> Tail:
+    """What follows the outermost SELECT; `sql` ends as the text of `tokens` does."""
+    depth, ordered, start = 0, False, len(tokens)
+    for at, token in enumerate(tokens):
+        depth += (token.text == "(") - (token.text == ")")
+        if depth == 0 and token.upper == "ORDER":
+            ordered = True
+        elif depth == 0 and token.upper in ("LIMIT", "OFFSET", "FETCH"):
+            start = at
+            break
+    found: dict[str, Any] = {}
+    rest = tokens[start:]
+    for word, token in zip(rest[::2], rest[1::2], strict=False):
+        value = literal([token])
+        if word.upper not in ("LIMIT", "OFFSET") or word.upper in found or type(value) not in (int, Param):
+            return Tail(ordered)
+        found[word.upper] = value
+    if len(rest) % 2:
+        return Tail(ordered)
+    body = sql[: len(sql) - (tokens[-1].end - tokens[start].start)] if rest else sql
+    return Tail(ordered, body, found.get("LIMIT"), found.get("OFFSET"))
 
 
 def analyse_text(sql: str) -> Select:

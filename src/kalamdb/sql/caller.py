@@ -19,6 +19,20 @@ Params = Sequence[Any] | Mapping[str, Any] | None
 
 
 @dataclass(frozen=True, slots=True)
+class Served:
+    """How a server shapes the SELECTs of its clients; 0 means without a limit."""
+
+    limit_default: int = 0
+    """Rows of a SELECT without LIMIT."""
+    limit_max: int = 0
+    """Rows of one with it."""
+    sorted: bool = False
+    """Without ORDER BY rows come by primary key, without one by `_seq`, when those columns are in the output."""
+    system_columns: bool = False
+    """`SELECT *` of one table shows `_seq` and `_deleted`."""
+
+
+@dataclass(frozen=True, slots=True)
 class Caller:
     """One statement's surroundings."""
 
@@ -30,6 +44,7 @@ class Caller:
     """What NOW() is: milliseconds since 1970."""
     deadline: Callable[[], bool] = lambda: False
     cancelled: Callable[[], bool] = lambda: False
+    served: Served | None = None
 
     def scope(self, definition: TableDef) -> Scope:
         """Whose rows of a table the caller works on."""
@@ -102,6 +117,8 @@ def required_role(statement: st.Statement) -> Role:
         case st.DropTable() | st.TruncateTable() | st.SetOption():
             return Role.DBA
         case st.UserStatement() | st.ScheduleStatement() | st.BackupStatement() | st.StorageStatement():
+            return Role.DBA
+        case st.KillQuery():
             return Role.DBA
         case st.ControlJob() | st.ControlQueue() | st.LimitQueue() | st.ExplainJob() | st.CreateJob():
             return Role.DBA

@@ -15,11 +15,14 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from datafusion import RuntimeEnvBuilder, SessionConfig, SessionContext, SQLOptions
+from datafusion import RuntimeEnvBuilder, SessionConfig, SessionContext, SQLOptions, col
 
 from kalamdb.errors import Closed, Internal, InvalidRequest, KalamDbError, LimitExceeded, Timeout
+from kalamdb.result import OutputColumn
+from kalamdb.service import may_block
 from kalamdb.sql.frames import Frames, Visible, empty_batch
 from kalamdb.sql.functions import Generators, register_functions
+from kalamdb.sql.projection import quote
 from kalamdb.tables.scan import FilePart, ScanPlan
 
 CATALOG = "kalam"
@@ -62,14 +65,51 @@ class TableSource:
     """Tombstones are visible, with `_deleted` true."""
 
 
+class QueryFailed(InvalidRequest):
+    """The SQL engine refused a statement, or a value met by it."""
+
+    is_public = False
+
+
+class EngineFault(Internal):
+    """A mistake of the SQL engine, met by one statement; others are not concerned."""
+
+
 Cancelled = Callable[[], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What is done with the rows of a query: order by those columns, when the output has them; then skip, then stop."""
+
+    sort_by: tuple[str, ...] = ()
+    limit: int | None = None
+    offset: int = 0
+
+    def of(self, frame: Any) -> Any:
+        """The frame with it."""
+        names = [field.name for field in frame.schema()]
+        if self.sort_by and all(names.count(name) == 1 for name in self.sort_by):
+            frame = frame.sort(*(col(quote(name)).sort(ascending=True) for name in self.sort_by))
+        if self.limit is not None or self.offset:
+            frame = frame.limit(_ALL_ROWS if self.limit is None else self.limit, self.offset)
+        return frame
+
+
+_ALL_ROWS = (1 << 62) - 1
 
 
 class QueryRun:
     """A running query: an iterator of record batches. Dropping it ends the query."""
 
-    def __init__(self, schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> None:
+    def __init__(
+        self,
+        schema: pa.Schema,
+        batches: Iterator[pa.RecordBatch],
+    ) -> None:
         self.schema = schema
+        self.known: Mapping[str, OutputColumn] = {}
+        """The columns of the table that is read, by name, when the caller is served."""
         self._batches = batches
 
     def __iter__(self) -> Iterator[pa.RecordBatch]:
@@ -96,6 +136,7 @@ class _Request:
     sql: str
     sources: Sequence[TableSource]
     views: Mapping[tuple[str, str], str]
+    shape: Shape | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +168,7 @@ class Engine:
         *,
         default_schema: str = "default",
         views: Mapping[tuple[str, str], str] | None = None,
+        shape: Shape | None = None,
         deadline: Callable[[], bool] = lambda: False,
         cancelled: Cancelled = lambda: False,
     ) -> QueryRun:
@@ -135,7 +177,8 @@ class Engine:
         `deadline` and `cancelled` are asked between batches. Raises InvalidRequest for what the engine
         refuses, LimitExceeded when memory does not suffice.
         """
-        request = _Request(sql, sources, views or {})
+        may_block()
+        request = _Request(sql, sources, views or {}, shape)
         kind = _ContextKind(default_schema, statistics=_may_use_statistics(sources))
         while True:
             try:
@@ -178,6 +221,8 @@ class Engine:
             frame = context.sql_with_options(text, _READ_ONLY)
             self._schema(context, namespace).register_table(name, frame.into_view())
         frame = context.sql_with_options(request.sql, _READ_ONLY)
+        if request.shape is not None:
+            frame = request.shape.of(frame)
         schema = pa.schema([_result_field(one) for one in frame.schema()])
         return frame.execute_stream(), schema
 
@@ -291,8 +336,10 @@ def translate(exc: Exception) -> KalamDbError:
         )
     text = _NOISE.sub("", text).strip().split("\nbacktrace")[0]
     if any(sign in text for sign in _BUGS):
-        return Internal(f"the SQL engine failed on this statement: {_first(text)}; write it in another way")
-    return InvalidRequest(_plain(text) or "the engine refused the statement")
+        return EngineFault(f"the SQL engine failed on this statement: {_first(text)}; write it in another way")
+    if _FIELD.search(text) is not None:
+        return InvalidRequest(_plain(text))
+    return QueryFailed(_plain(text) or "the engine refused the statement")
 
 
 _TYPE_NAMES = {

@@ -8,8 +8,8 @@ from typing import Any, assert_never
 import msgspec
 import pyarrow as pa
 
-from kalamdb.catalog import CatalogEntry
-from kalamdb.errors import IdempotencyConflict, InvalidRequest, NotFound
+from kalamdb.catalog import CatalogEntry, NamespaceNotFound
+from kalamdb.errors import IdempotencyConflict, InvalidRequest
 from kalamdb.jobs import Job, JobRequest, UnifiedJobManager
 from kalamdb.jobs.model import counted
 from kalamdb.result import Result
@@ -83,7 +83,7 @@ class JobAdmin:
             return Result(message=self._maintain_one(statement.operation, word, entry))
         namespace = statement.namespace or caller.namespace
         if not self._store.catalog.has_namespace(namespace):
-            raise NotFound(f"Namespace '{namespace}' does not exist")
+            raise NamespaceNotFound(f"Namespace '{namespace}' does not exist")
         entries = [one for one in self._store.catalog.tables(namespace) if one.definition.kind is not TableKind.STREAM]
         wanted = [one for one in entries if self._has_work(statement.operation, one)]
         if not wanted:

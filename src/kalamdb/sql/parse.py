@@ -40,6 +40,10 @@ _STORAGE_VERBS = frozenset(st.StorageVerb) - {st.StorageVerb.CHECK}
 _QUERY_WORDS = frozenset({"SELECT", "WITH", "VALUES", "(", "FROM", "TABLE"})
 
 
+class NoStatement(InvalidRequest):
+    """The SQL text holds no statement."""
+
+
 def parse(text: str, limits: SqlLimits) -> st.Script:
     """All statements of a text. Raises InvalidRequest, LimitExceeded."""
     check_size(text, limits)
@@ -55,7 +59,7 @@ def parse(text: str, limits: SqlLimits) -> st.Script:
         except (RecursionError, MemoryError):
             raise LimitExceeded("the statement is nested too deeply; simplify it") from None
     if not out:
-        raise InvalidRequest("No SQL statements provided")
+        raise NoStatement("No SQL statements provided")
     named = (token.text[1:] for token in tokens if token.kind is TokenKind.PARAM and token.text != "?")
     return st.Script(tuple(out), frozenset(int(name) if name.isdigit() else name for name in named))
 

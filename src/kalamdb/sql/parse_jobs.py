@@ -25,7 +25,7 @@ def parse_job_id(cursor: Cursor) -> str:
 
 
 def parse_control(verb: st.JobVerb) -> Callable[[Cursor], st.Statement]:
-    """CANCEL | KILL | PAUSE | RESUME | RETRY JOB id, PAUSE | RESUME QUEUE name."""
+    """CANCEL | KILL | PAUSE | RESUME | RETRY JOB id, PAUSE | RESUME QUEUE name, CANCEL | KILL QUERY id."""
 
     def handler(cursor: Cursor) -> st.Statement:
         cursor.take()
@@ -33,6 +33,10 @@ def parse_control(verb: st.JobVerb) -> Callable[[Cursor], st.Statement]:
             queue = cursor.name_or_string("a queue name")
             cursor.end()
             return st.ControlQueue(cursor.sql, queue, verb is st.JobVerb.PAUSE)
+        if verb is st.JobVerb.CANCEL and cursor.accept("QUERY"):
+            query_id = cursor.name_or_string("a query id")
+            cursor.end()
+            return st.KillQuery(cursor.sql, query_id)
         cursor.expect("JOB")
         return st.ControlJob(cursor.sql, verb, parse_job_id(cursor))
 

@@ -130,12 +130,17 @@ IsTable = Callable[[str | None, str], bool]
 """Whether [namespace.]name in a FROM clause is a table that has the columns to hide."""
 
 
-def plain_stars(sql: str, tokens: Sequence[Token], is_table: IsTable, hidden: Sequence[str]) -> str:
+def plain_stars(
+    sql: str, tokens: Sequence[Token], is_table: IsTable, hidden: Sequence[str], *, outermost_whole: bool = False
+) -> str:
     """The text in which `*` of a table does not stand for the columns `hidden`, which each table has, and in which
-    `t.*` of `ns.t` is qualified as the engine wants it. What sub-queries and others than tables give stays whole.
+    `t.*` of `ns.t` is qualified as the engine wants it. What sub-queries and others than tables give stays whole;
+    with `outermost_whole` that of the outermost SELECT too.
     """
-    pieces, previous = [], 0
+    pieces, previous, depth, everywhere = [], 0, 0, hidden
     for at, token in enumerate(tokens):
+        depth += (token.text == "(") - (token.text == ")")
+        hidden = () if outermost_whole and depth == 0 else everywhere
         if token.upper != "SELECT":
             continue
         items, end = _split_list(tokens, at + 1)

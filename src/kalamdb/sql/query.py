@@ -6,19 +6,20 @@ from collections.abc import Mapping, Sequence, Set
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
+from functools import lru_cache
 from typing import Any, Protocol
 
 import pyarrow as pa
 
 from kalamdb.catalog import Catalog, CatalogEntry
 from kalamdb.errors import Denied, InvalidRequest, NotFound
-from kalamdb.result import Result, RowsFirst
-from kalamdb.schema import DataType, TypeName
+from kalamdb.result import OutputColumn, Result, RowsFirst
+from kalamdb.schema import ColumnDef, DataType, TypeName
 from kalamdb.sql import statements as st
 from kalamdb.sql.analyse import analyse_text, referenced_tables
-from kalamdb.sql.caller import Caller, denied, may_read
+from kalamdb.sql.caller import Caller, Served, denied, may_read
 from kalamdb.sql.decimals import exact_decimals
-from kalamdb.sql.engine import Engine, QueryRun, TableSource, scrub_plan
+from kalamdb.sql.engine import Engine, QueryRun, Shape, TableSource, scrub_plan
 from kalamdb.sql.projection import plain_stars, quote
 from kalamdb.sql.render import render
 from kalamdb.sql.tokens import tokenize
@@ -28,7 +29,7 @@ from kalamdb.tables.read import scan_columns, scan_plan
 from kalamdb.tables.store import ReadPoint, TableStore
 from kalamdb.tables.transaction import Transaction
 from kalamdb.tables.write import Writer
-from kalamdb.types import Role, TableId, TableKind
+from kalamdb.types import Role, Seq, TableId, TableKind
 
 _VIEW_DEPTH_MAX = 16
 _INT_RANGE = {TypeName.SMALLINT: 1 << 15, TypeName.INT: 1 << 31, TypeName.BIGINT: 1 << 63}
@@ -60,6 +61,7 @@ class Query:
     sql: str
     sources: list[TableSource] = field(default_factory=list)
     views: dict[tuple[str, str], str] = field(default_factory=dict)
+    shape: Shape | None = None
 
 
 @dataclass(slots=True)
@@ -72,6 +74,8 @@ class _Reads:
     """Innermost first."""
     specials: set[str] = field(default_factory=set)
     deleted_in_where: bool = False
+    outermost_whole: bool = False
+    """`*` of the outermost SELECT stands for the system columns too."""
 
 
 class Reader:
@@ -86,27 +90,72 @@ class Reader:
         self._system = system
         self._result_bytes_max = result_bytes_max
 
-    def select(self, statement: st.Select, caller: Caller, transaction: Transaction | None) -> Result:
+    def select(
+        self, statement: st.Select, caller: Caller, transaction: Transaction | None, served: Served | None = None
+    ) -> Result:
         """All rows of a SELECT or EXPLAIN. Raises LimitExceeded beyond limits.result_bytes_max."""
-        if statement.lookup is not None:
-            found = self._by_key(statement, statement.lookup, caller, transaction)
-            if found is not None:
-                return found
+        found = self.look_up(statement, caller, transaction, served)
+        if found is not None:
+            return found
         with ExitStack() as stack:
-            run = self.open(statement, caller, transaction, stack)
+            run = self.open(statement, caller, transaction, stack, served)
             table = run.table(self._result_bytes_max)
-        return Result(_scrubbed(table) if statement.explain else table)
+        return Result(_scrubbed(table) if statement.explain else table, known=run.known)
 
-    def open(self, statement: st.Select, caller: Caller, transaction: Transaction | None, stack: ExitStack) -> QueryRun:
-        """A running SELECT; what it reads stays until `stack` closes."""
+    def look_up(
+        self, statement: st.Select, caller: Caller, transaction: Transaction | None, served: Served | None = None
+    ) -> Result | None:
+        """The rows of a SELECT by full primary key; None for every other one: `open` it."""
+        if statement.lookup is None:
+            return None
+        return self._by_key(statement, statement.lookup, caller, transaction, served)
+
+    def open(
+        self,
+        statement: st.Select,
+        caller: Caller,
+        transaction: Transaction | None,
+        stack: ExitStack,
+        served: Served | None = None,
+    ) -> QueryRun:
+        """A running SELECT; what it reads stays until `stack` closes. `served` shapes its rows."""
         query = Query("")
         reads = _Reads()
         self._follow(reads, statement.tables, statement, caller, 0)
+        known: Mapping[str, OutputColumn] = {}
+        if served is not None and not statement.explain:
+            statement, known = self._shape(query, reads, statement, caller, served)
         self._gather(query, reads, caller, transaction, stack)
         query.sql = render(self._plain_stars(statement, reads, caller), caller.parameter_sql, caller.function_sql)
         if statement.explain:
             query.sql = f"EXPLAIN {'ANALYZE ' if statement.analyze else ''}{query.sql}"
-        return self.run(query, caller)
+        run = self.run(query, caller)
+        run.known = known
+        return run
+
+    def _shape(
+        self, query: Query, reads: _Reads, statement: st.Select, caller: Caller, served: Served
+    ) -> tuple[st.Select, Mapping[str, OutputColumn]]:
+        """Set the shape of a served SELECT; the statement without what the shape does, and the columns it reads."""
+        entry = None if statement.main is None else reads.entries.get(self.resolve(statement.main, caller))
+        if entry is not None and statement.star and served.system_columns:
+            reads.specials |= {"_seq", "_deleted"}
+            reads.outermost_whole = True
+        layout = None if entry is None else self._store.layout(entry.definition)
+        tail = statement.tail
+        sort_by: tuple[str, ...] = ()
+        if layout is not None and served.sorted and not tail.ordered and tail.body is not None:
+            sort_by = tuple(layout.columns[index].name for index in layout.pk_indexes) or ("_seq",)
+        given, offset = _rows(caller, tail.limit, "LIMIT"), _rows(caller, tail.offset, "OFFSET") or 0
+        capped = served.limit_max or None
+        if tail.body is None:
+            query.shape = Shape(limit=capped)
+        else:
+            statement = replace(statement, sql=tail.body)
+            limits = [one for one in (given, capped) if one is not None]
+            limit = min(limits) if given is not None else (served.limit_default or capped)
+            query.shape = Shape(sort_by, limit, offset)
+        return statement, {} if layout is None else known_columns(layout)
 
     def run(self, query: Query, caller: Caller) -> QueryRun:
         """Start a prepared query."""
@@ -115,6 +164,7 @@ class Reader:
             query.sources,
             default_schema=caller.namespace,
             views=query.views,
+            shape=query.shape,
             deadline=caller.deadline,
             cancelled=caller.cancelled,
         )
@@ -202,7 +252,8 @@ class Reader:
             own = namespace is not None or name not in statement.ctes
             return own and self.resolve(st.TableName(namespace, name), caller) in reads.entries
 
-        return plain_stars(statement.sql, tokenize(statement.sql), is_table, sorted(reads.specials))
+        hidden, whole = sorted(reads.specials), reads.outermost_whole
+        return plain_stars(statement.sql, tokenize(statement.sql), is_table, hidden, outermost_whole=whole)
 
     def _check_system(self, table_id: TableId, caller: Caller) -> None:
         if table_id.namespace == "system" and not caller.has(Role.DBA):
@@ -314,7 +365,12 @@ class Reader:
         return self.run(query, caller).table(self._result_bytes_max)
 
     def _by_key(
-        self, statement: st.Select, lookup: st.KeyLookup, caller: Caller, transaction: Transaction | None
+        self,
+        statement: st.Select,
+        lookup: st.KeyLookup,
+        caller: Caller,
+        transaction: Transaction | None,
+        served: Served | None,
     ) -> Result | None:
         """The answer of a look-up by full primary key; None when the engine must do it."""
         table_id = self.resolve(statement.tables[0], caller)
@@ -335,8 +391,10 @@ class Reader:
         projection = lookup.projection or tuple((column.name, column.name) for column in layout.columns)
         if any(column not in layout.index_of_name for column, _ in projection):
             return None
-        row = Writer(self._store, entry, caller.scope(definition), transaction).get(values)
-        return _found(layout, projection, row)
+        writer = Writer(self._store, entry, caller.scope(definition), transaction)
+        [(seq, row)], _ = writer.current([writer.key_of_values(values)])
+        shown = seq if lookup.projection is None and served is not None and served.system_columns else None
+        return _found(layout, projection, row, shown)
 
 
 def _filters_of(statement: st.Select, table_id: TableId, caller: Caller) -> Filters:
@@ -395,18 +453,57 @@ def _fits(value: Decimal, kind: DataType) -> bool:
     return -int(exponent) == kind.scale and value.adjusted() < kind.precision - kind.scale
 
 
-def _found(layout: Layout, projection: Sequence[tuple[str, str]], row: Row | None) -> Result:
+@lru_cache(maxsize=256)
+def _known(columns: tuple[ColumnDef, ...], primary_key: tuple[int, ...]) -> Mapping[str, OutputColumn]:
+    found = {}
+    for column in columns:
+        flags: tuple[str, ...] = () if column.nullable else ("nn",)
+        if column.id in primary_key:
+            flags = ("nn", "pk", "uq") if len(primary_key) == 1 else ("nn", "pk")
+        found[column.name] = OutputColumn(column.name, column.type, flags)
+    return {**found, **_SYSTEM_COLUMNS}
+
+
+def known_columns(layout: Layout) -> Mapping[str, OutputColumn]:
+    """The columns of a table by name, with its system columns."""
+    return _known(layout.columns, tuple(layout.definition.primary_key))
+
+
+_SYSTEM_COLUMNS = {
+    "_seq": OutputColumn("_seq", DataType(TypeName.BIGINT), ("nn",)),
+    "_deleted": OutputColumn("_deleted", DataType(TypeName.BOOLEAN), ("nn",)),
+}
+
+
+def _found(layout: Layout, projection: Sequence[tuple[str, str]], row: Row | None, seq: Seq | None) -> Result:
+    """The answer of a look-up; with `seq` its system columns stand behind the others."""
     chosen = [layout.index_of_name[name] for name, _ in projection]
-    outputs = [output for _, output in projection]
-    rows = [] if row is None else [tuple(layout.codecs[at].load(row[at]) for at in chosen)]
+    known = known_columns(layout)
+    outputs = tuple(known[name] if name == output else replace(known[name], name=output) for name, output in projection)
+    system: tuple[Any, ...] = () if seq is None else (seq, False)
+    outputs += tuple(_SYSTEM_COLUMNS.values())[: len(system)]
+    stored: list[tuple[Any, ...]] = [] if row is None else [(*(row[at] for at in chosen), *system)]
 
     def build() -> pa.Table:
         columns = scan_columns(layout)
         arrays = [layout.codecs[at].to_arrow([] if row is None else [row[at]]) for at in chosen]
-        fields = [columns[at].field.with_name(output) for at, output in zip(chosen, outputs, strict=True)]
+        fields = [columns[at].field.with_name(output) for at, (_, output) in zip(chosen, projection, strict=True)]
+        if system:
+            arrays += [pa.array([seq] * len(stored), pa.int64()), pa.array([False] * len(stored), pa.bool_())]
+            fields += [pa.field("_seq", pa.int64()), pa.field("_deleted", pa.bool_())]
         return pa.Table.from_arrays(arrays, schema=pa.schema(fields))
 
-    return Result(RowsFirst(outputs, rows, build))
+    def load() -> list[tuple[Any, ...]]:
+        return [] if row is None else [(*(layout.codecs[at].load(row[at]) for at in chosen), *system)]
+
+    return Result(RowsFirst(outputs, stored, load, build))
+
+
+def _rows(caller: Caller, stated: st.Expr, word: str) -> int | None:
+    value = caller.bind(stated)
+    if value is not None and (type(value) is not int or not 0 <= value < 1 << 62):
+        raise InvalidRequest(f"{word} is {value!r}; a whole number from 0 is expected")
+    return value
 
 
 def _scrubbed(table: pa.Table) -> pa.Table:

@@ -92,23 +92,37 @@ class Session:
         Inside `transaction` BEGIN and COMMIT are refused.
         """
         script = self.parsed(sql)
-        statements = script.statements
-        for statement in statements:
+        self.authorise(script, caller)
+        return self.run(script, caller, transaction)
+
+    def authorise(self, script: st.Script, caller: Caller) -> None:
+        """Check the role of the caller for all statements, and the parameters. Raises Denied, InvalidRequest."""
+        for statement in script.statements:
             check_role(caller, statement)
         caller.check_parameters(script.parameters)
+
+    def run(self, script: st.Script, caller: Caller, transaction: Transaction | None = None) -> Result:
+        """Run an authorised script; see `execute`."""
+        statements = script.statements
         if len(statements) == 1 and not isinstance(statements[0], st.TransactionControl | st.UseNamespace):
             return self._run(statements[0], caller, transaction)
         return self._run_batch(statements, caller, transaction)
+
+    def seen(self, sql: str) -> st.Script | None:
+        """The statements of a text that was seen lately."""
+        with self._cache_lock:
+            known = self._cache.get(sql)
+            if known is not None:
+                self._cache.move_to_end(sql)
+            return known
 
     def parsed(self, sql: str) -> st.Script:
         """The statements of a text, from the cache when it was seen lately."""
         if not isinstance(sql, str):
             raise InvalidRequest(f"SQL is text; a value of type {type(sql).__name__} was given")
-        with self._cache_lock:
-            known = self._cache.get(sql)
-            if known is not None:
-                self._cache.move_to_end(sql)
-                return known
+        known = self.seen(sql)
+        if known is not None:
+            return known
         script = parse(sql, self._limits)
         if len(sql) <= _CACHED_TEXT_MAX and not any(isinstance(one, _SECRET) for one in script.statements):
             with self._cache_lock:
@@ -136,6 +150,7 @@ class Session:
                     else:
                         results.append(self._run(statement, caller, transaction))
                 except KalamDbError as exc:
+                    exc.failed_sql = statement.sql
                     if len(statements) > 1:
                         exc.args = (f"Statement {number} failed: {exc}",)
                     raise
@@ -198,16 +213,20 @@ class Session:
         statements = script.statements
         if len(statements) != 1 or not isinstance(statements[0], st.Select) or statements[0].explain:
             raise InvalidRequest("only one SELECT can be streamed")
-        check_role(caller, statements[0])
-        caller.check_parameters(script.parameters)
+        self.authorise(script, caller)
         return self._reader.open(statements[0], caller, None, stack)
+
+    def open(self, statement: st.Select, caller: Caller, stack: ExitStack) -> Result | QueryRun:
+        """An authorised SELECT: its row found by key, or running until `stack` closes."""
+        found = self._reader.look_up(statement, caller, None, caller.served)
+        return self._reader.open(statement, caller, None, stack, caller.served) if found is None else found
 
     def _run(self, statement: st.Statement, caller: Caller, transaction: Transaction | None) -> Result:
         if transaction is not None:
             transaction.check_open()
         match statement:
             case st.Select():
-                return self._reader.select(statement, caller, transaction)
+                return self._reader.select(statement, caller, transaction, caller.served)
             case st.Insert():
                 return self._rows.insert(statement, caller, transaction)
             case st.Update():

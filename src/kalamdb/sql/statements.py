@@ -239,6 +239,17 @@ class TableFilter:
 
 
 @dataclass(frozen=True, slots=True)
+class Tail:
+    """What follows the outermost SELECT: whether an ORDER BY does, and LIMIT and OFFSET."""
+
+    ordered: bool = False
+    body: str | None = None
+    """The text before LIMIT and OFFSET; None when they are not numbers, or do not end the text."""
+    limit: Expr = None
+    offset: Expr = None
+
+
+@dataclass(frozen=True, slots=True)
 class Select(Statement):
     """`sql` is the text for the engine; `tables` what it reads; `specials` the system columns it names."""
 
@@ -250,6 +261,13 @@ class Select(Statement):
     explain: bool = False
     analyze: bool = False
     filters: tuple[TableFilter, ...] = ()
+    main: TableName | None = None
+    """The one table that the outermost SELECT reads, when it joins nothing to it."""
+    star: bool = False
+    """`*` stands in the outermost list."""
+    tail: Tail = Tail()
+    heaviness: int = 0
+    """How many sources its joins and sub-queries multiply; ENDLESS when it may never end by itself."""
 
 
 # Showing
@@ -307,6 +325,13 @@ class ControlJob(Statement):
 
     verb: JobVerb
     job_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class KillQuery(Statement):
+    """KILL QUERY 'id': end a statement that runs for a client of the server."""
+
+    query_id: str
 
 
 @dataclass(frozen=True, slots=True)

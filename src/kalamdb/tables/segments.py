@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 from kalamdb.errors import Corrupt
 from kalamdb.files import LocalFiles
 from kalamdb.schema import TableDef
+from kalamdb.service import may_block
 from kalamdb.storage import keys
 from kalamdb.tables.layout import FLAGS, KEY, SEQ, Layout
 from kalamdb.types import RowFlags, Seq, TableUid
@@ -432,6 +433,7 @@ class SegmentCache:
             stamp = (state.st_mtime_ns, state.st_size)
             if self._verified.get(segment_id) == stamp and not again:
                 return
+            may_block()
             crc32 = 0
             with segment.path.open("rb") as file:
                 while chunk := file.read(1 << 22):
@@ -451,6 +453,7 @@ class SegmentCache:
             if hit is not None:
                 self._items.move_to_end(key)
                 return hit[0]
+        may_block()
         value = build()
         bytes_ = size(value)
         with self._lock:

@@ -21,6 +21,7 @@ from kalamdb.catalog import Catalog, CatalogEntry
 from kalamdb.clock import Clock
 from kalamdb.errors import LimitExceeded, NotFound, TransactionConflict, Unavailable
 from kalamdb.schema import TableDef
+from kalamdb.service import impatient, may_block
 from kalamdb.storage import (
     ABSENT,
     PRESENT,
@@ -207,6 +208,10 @@ class Moment:
         return TableState(uid, version, segments, snapshot.watermark(uid))
 
 
+class _Waits(threading.local):
+    pending: list[Commit] | None = None
+
+
 class TableStore:
     """See the module. Thread-safe."""
 
@@ -241,6 +246,7 @@ class TableStore:
         self._watches: list[Watch] = []
         self._room = threading.Condition()
         self._key_counter = 0
+        self._waits = _Waits()
         self._seq: Seq = backend.head()
         """Last commit that is in what this object holds; guarded by the store's lock."""
 
@@ -585,14 +591,30 @@ class TableStore:
                 if outcome is None:
                     continue
                 commit = outcome
-            self.backend.wait_durable(commit, names_files=batch.names_files)
+            if self._waits.pending is not None and not batch.names_files:
+                self._waits.pending.append(commit)
+            else:
+                self.backend.wait_durable(commit, names_files=batch.names_files)
             return commit
         raise Unavailable("the store did not answer a commit after several attempts; try again later")
+
+    @contextmanager
+    def unwaited(self) -> Iterator[list[Commit]]:
+        """A block in which this thread gets WouldBlock instead of waiting, and its commits are applied and listed
+        but not waited for: nobody may be told of them before `StorageBackend.wait_durable`."""
+        pending: list[Commit] = []
+        self._waits.pending = pending
+        try:
+            with impatient():
+                yield pending
+        finally:
+            self._waits.pending = None
 
     def wait_for_room(self) -> None:
         """Block while the hot tier is over `hot.bytes_max`. Raises LimitExceeded after `hot.wait_timeout_s`."""
         if self.hot_bytes() <= self.limits.hot_bytes_max:
             return
+        may_block()
         deadline = self.clock.monotonic_s() + self.limits.hot_wait_timeout_s
         while (used := self.hot_bytes()) > self.limits.hot_bytes_max:
             self.pressure()

@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from kalamdb.catalog import CatalogEntry
 from kalamdb.errors import Closed, InvalidRequest, LimitExceeded, TransactionConflict
+from kalamdb.service import may_block
 from kalamdb.storage import (
     ABSENT,
     Batch,
@@ -316,6 +317,7 @@ def refused(store: TableStore, failed: ExpectationFailed) -> TransactionConflict
 def back_off(store: TableStore, attempt: int) -> None:
     """Wait a little, at random, before the next attempt of a statement that lost."""
     if attempt > 2:
+        may_block()
         jitter = store.clock.random_bytes(1)[0] / 255
         store.clock.wait(threading.Event(), min(0.001 * 2 ** min(attempt, 6), 0.05) * jitter)
 
