@@ -30,7 +30,8 @@ from kalamdb.version import VERSION
 if TYPE_CHECKING:
     from kalamdb.async_database import AsyncDatabase, aconnect
     from kalamdb.backup.restore import restore
-    from kalamdb.database import Database, connect
+    from kalamdb.database import Database
+    from kalamdb.opening import connect
     from kalamdb.result import Result
 
 __version__ = VERSION
@@ -38,10 +39,14 @@ __version__ = VERSION
 
 def __getattr__(name: str) -> Any:
     # The engines take half a second to import; a program pays for them when it connects.
-    if name in ("connect", "Database"):
-        from kalamdb import database
+    if name == "connect":
+        from kalamdb.opening import connect
 
-        return getattr(database, name)
+        return connect
+    if name == "Database":
+        from kalamdb.database import Database
+
+        return Database
     if name in ("aconnect", "AsyncDatabase"):
         from kalamdb import async_database
 

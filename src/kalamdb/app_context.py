@@ -144,7 +144,9 @@ class AppContext:
         stack: ExitStack,
     ) -> Path:
         """Hold the directory, open the store; the folder of the segments."""
-        self.directory = None if path is None else DataDirectory.open(path, self.clock, operations)
+        self.directory = None
+        if path is not None:
+            self.directory = DataDirectory.open(path, self.clock, operations, shares=self.settings["share"])
         if self.directory is not None:
             stack.callback(self.directory.close)
         self.backend = backend or self._open_backend()

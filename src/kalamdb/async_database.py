@@ -8,23 +8,21 @@ from __future__ import annotations
 
 import asyncio
 import os
-import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager
-from dataclasses import replace
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager, suppress
 from datetime import datetime
 from typing import Any, Literal, ParamSpec, TypeVar
 
 import pyarrow as pa
 
-from kalamdb.database import CheckReport, Database, Params, Transaction, connect
+from kalamdb.database import CheckReport, Database, Params, Transaction
 from kalamdb.errors import Closed, InvalidRequest, Timeout
 from kalamdb.jobs import Job
 from kalamdb.jobs.manager import JobRequest, UnifiedJobManager
+from kalamdb.opening import connect
 from kalamdb.result import Result
-from kalamdb.sql.caller import Caller
-from kalamdb.storage import Batch, Commit
+from kalamdb.service import GiveUp
 from kalamdb.types import Role
 
 _P = ParamSpec("_P")
@@ -32,6 +30,7 @@ _T = TypeVar("_T")
 
 THREADS_MAX = 8
 """Threads of a database unless `aconnect` is told otherwise."""
+_POLL_S_MIN, _POLL_S_MAX = 0.01, 0.5
 _END = object()
 
 
@@ -135,9 +134,11 @@ class AsyncDatabase:
         timeout_s: float | None = None,
     ) -> Result:
         """See Database.execute."""
-        caller, given_up = _cancellable(self._database._caller(user, role, namespace, params, timeout_s))
+        given_up = GiveUp()
         try:
-            return await self._pool.run(self._database.context.session.execute, sql, caller)
+            return await self._pool.run(
+                self._database._execute, sql, params, timeout_s, given_up, user=user, role=role, namespace=namespace
+            )
         except asyncio.CancelledError:
             given_up.set()
             raise
@@ -205,12 +206,6 @@ class AsyncDatabase:
         return await self._pool.run(self._database.check)
 
 
-def _cancellable(caller: Caller) -> tuple[Caller, threading.Event]:
-    given_up = threading.Event()
-    closed = caller.cancelled
-    return replace(caller, cancelled=lambda: given_up.is_set() or closed()), given_up
-
-
 class AsyncSession:
     """Calls of an AsyncDatabase with user, role and namespace filled in."""
 
@@ -274,18 +269,12 @@ class AsyncJobs:
         self._pool = pool
         self._database = database
         self._waiting: dict[str, list[tuple[asyncio.AbstractEventLoop, asyncio.Event]]] = {}
-        database.context.backend.observe(self._on_commit)
+        self._is_told = database._tell_ends(self._wake)
 
     @property
     def manager(self) -> UnifiedJobManager:
         """The same manager with calls that block."""
         return self._database.jobs
-
-    def _on_commit(self, batch: Batch, commit: Commit) -> None:
-        if self._waiting:
-            for row in commit.changed_jobs:
-                if row.status.is_terminal:
-                    self._wake(row.job_id)
 
     def _wake(self, job_id: str) -> None:
         for loop, ended in list(self._waiting.get(job_id, ())):
@@ -355,9 +344,15 @@ class AsyncJobs:
         self._waiting.setdefault(job_id, []).append(waiter)
         try:
             async with asyncio.timeout(timeout_s):
-                job = await self.get_job(job_id)
-                if not job.status.is_terminal:
-                    await ended.wait()
+                pause_s = _POLL_S_MIN
+                while not (await self.get_job(job_id)).status.is_terminal and not ended.is_set():
+                    if self._is_told:
+                        await ended.wait()
+                    else:
+                        # Only the process that holds the data is told; an attached one looks, less and less often.
+                        with suppress(TimeoutError):
+                            await asyncio.wait_for(ended.wait(), pause_s)
+                        pause_s = min(pause_s * 2, _POLL_S_MAX)
             return await self._pool.run(self.manager.wait, job_id, 0)
         except TimeoutError:
             job = await self.get_job(job_id)

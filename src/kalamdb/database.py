@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -16,17 +13,18 @@ import pyarrow as pa
 from kalamdb.app_context import AppContext
 from kalamdb.backup import job_path
 from kalamdb.check import CheckReport, check_database
-from kalamdb.config import Settings
 from kalamdb.errors import Closed, Denied, InvalidRequest
 from kalamdb.jobs import Job, UnifiedJobManager
 from kalamdb.live import Change, LiveOptions, LiveRequest, Subscription, call_back
 from kalamdb.live.subscription import BATCH_ROWS
 from kalamdb.result import Result
+from kalamdb.service import GiveUp
 from kalamdb.sql import statements as st
 from kalamdb.sql.caller import Caller
 from kalamdb.sql.cursor import Cursor
 from kalamdb.sql.ingest import columns_of
 from kalamdb.sql.tokens import tokenize
+from kalamdb.storage import Batch, Commit
 from kalamdb.storage.jobs import JobFence, JobMove
 from kalamdb.tables.codec import is_unicode, shown
 from kalamdb.tables.transaction import Transaction as TableTransaction
@@ -50,8 +48,13 @@ class Database:
 
     @property
     def context(self) -> AppContext:
-        """The parts of this database."""
+        """The parts of this database. Raises InvalidRequest in a process that is only attached to it."""
         return self._context
+
+    @property
+    def is_holder(self) -> bool:
+        """Whether this process holds the data; False while it is attached to one that does."""
+        return True
 
     @property
     def jobs(self) -> UnifiedJobManager:
@@ -83,8 +86,9 @@ class Database:
             raise Closed("the database is closed; open it again")
 
     def _caller(
-        self, user: str | None, role: str | Role | None, namespace: str | None, params: Params, timeout_s: float | None
-    ) -> Caller:
+        self, user: str | None, role: str | Role | None, namespace: str | None, params: Params,
+        timeout_s: float | None, given_up: GiveUp | None = None,
+    ) -> Caller:  # fmt: skip
         self._check_open()
         name = _DEFAULT_USER if user is None else user
         if not _is_user_name(name):
@@ -97,14 +101,14 @@ class Database:
             raise InvalidRequest(f"namespace {shown(namespace)} is not a name of letters, digits and underscores")
         if timeout_s is not None and (type(timeout_s) not in (int, float) or not timeout_s >= 0):
             raise InvalidRequest(f"timeout_s is {shown(timeout_s)}, a number of seconds from 0 is expected")
-        _check_params(params)
+        check_params(params)
         self._context.users.refuse_gone(name)
         clock = self._context.clock
         deadline = None if timeout_s is None else clock.monotonic_s() + timeout_s
         return Caller(
             name, wanted, namespace or "default", params, clock.now_ms(),
             deadline=lambda: deadline is not None and clock.monotonic_s() > deadline,
-            cancelled=lambda: self._closed,
+            cancelled=lambda: self._closed or (given_up is not None and given_up.is_set()),
         )  # fmt: skip
 
     def execute(
@@ -121,16 +125,30 @@ class Database:
 
         `user` selects the rows of USER and STREAM tables (default 'root'). Raises KalamDbError.
         """
-        return self._context.session.execute(sql, self._caller(user, role, namespace, params, timeout_s))
+        return self._execute(sql, params, timeout_s, None, user=user, role=role, namespace=namespace)
 
-    @contextmanager
+    def _execute(
+        self, sql: str, params: Params, timeout_s: float | None, given_up: GiveUp | None, *, user: str | None = None,
+        role: str | Role | None = None, namespace: str | None = None,
+    ) -> Result:  # fmt: skip
+        """`execute` that ends with Closed when `given_up` is set; a write that has begun is completed."""
+        caller = self._caller(user, role, namespace, params, timeout_s, given_up)
+        return self._context.session.execute(sql, caller)
+
     def stream(
         self, sql: str, params: Params = None, *, user: str | None = None, role: str | Role | None = None,
         namespace: str | None = None, timeout_s: float | None = None,
+    ) -> AbstractContextManager[Iterator[pa.RecordBatch]]:  # fmt: skip
+        """The rows of a SELECT as Arrow batches, without a limit on their size; a context manager."""
+        return self._stream(sql, params, timeout_s, None, user=user, role=role, namespace=namespace)
+
+    @contextmanager
+    def _stream(
+        self, sql: str, params: Params, timeout_s: float | None, given_up: GiveUp | None, *, user: str | None = None,
+        role: str | Role | None = None, namespace: str | None = None,
     ) -> Iterator[Iterator[pa.RecordBatch]]:  # fmt: skip
-        """The rows of a SELECT as Arrow batches, without a limit on their size."""
         with ExitStack() as stack:
-            caller = self._caller(user, role, namespace, params, timeout_s)
+            caller = self._caller(user, role, namespace, params, timeout_s, given_up)
             yield iter(self._context.session.stream(sql, caller, stack))
 
     def insert(
@@ -222,16 +240,14 @@ class Database:
         """The same calls, bound to a user, role and namespace."""
         return BoundSession(self, {"user": user, "role": role, "namespace": namespace})
 
-    @contextmanager
     def transaction(
         self, user: str | None = None, *, role: str | Role | None = None, namespace: str | None = None
-    ) -> Iterator[Transaction]:
+    ) -> AbstractContextManager[Transaction]:
         """A transaction over any tables: snapshot reads, own writes visible, committed when the block ends.
 
         Raises TransactionConflict at the end when another writer came first; an exception rolls back.
         """
-        with self._transaction(user, list, role=role, namespace=namespace) as transaction:
-            yield transaction
+        return self._transaction(user, list, role=role, namespace=namespace)
 
     @contextmanager
     def _transaction(
@@ -269,6 +285,17 @@ class Database:
         """Verify that rows, segments, records and jobs fit together; changes nothing. Blocks while it reads all."""
         self._check_open()
         return check_database(self._context.store)
+
+    def _tell_ends(self, tell: Callable[[str], None]) -> bool:
+        """Call `tell` with the id of each job that ends from now on; False when that is not known here."""
+
+        def on_commit(batch: Batch, commit: Commit) -> None:
+            for row in commit.changed_jobs:
+                if row.status.is_terminal:
+                    tell(row.job_id)
+
+        self._context.backend.observe(on_commit)
+        return True
 
 
 class BoundSession:
@@ -313,8 +340,14 @@ class Transaction:
         self, sql: str, params: Params = None, *, namespace: str | None = None, timeout_s: float | None = None
     ) -> Result:
         """Run statements inside the transaction."""
+        return self._execute(sql, params, namespace, timeout_s, None)
+
+    def _execute(
+        self, sql: str, params: Params, namespace: str | None, timeout_s: float | None, given_up: GiveUp | None
+    ) -> Result:
         self._inner.check_open()
-        return self._database.context.session.execute(sql, self._caller(params, namespace, timeout_s), self._inner)
+        caller = self._caller(params, namespace, timeout_s, given_up)
+        return self._database.context.session.execute(sql, caller, self._inner)
 
     def insert(self, table: str, data: Any, *, user_column: str | None = None, on_conflict: str = "error") -> int:
         """Insert rows inside the transaction; see Database.insert."""
@@ -323,9 +356,12 @@ class Transaction:
             table, data, self._caller(None, None, None), user_column, on_conflict, self._inner
         )
 
-    def _caller(self, params: Params, namespace: str | None, timeout_s: float | None) -> Caller:
+    def _caller(
+        self, params: Params, namespace: str | None, timeout_s: float | None, given_up: GiveUp | None = None
+    ) -> Caller:
         bound = self._bound
-        return self._database._caller(bound["user"], bound["role"], namespace or bound["namespace"], params, timeout_s)
+        namespace = namespace or bound["namespace"]
+        return self._database._caller(bound["user"], bound["role"], namespace, params, timeout_s, given_up)
 
     def create_job(self, job_type: str, params: Any = None, idempotency_key: str | None = None, **options: Any) -> None:
         """Create a job that lives and dies with the transaction."""
@@ -382,7 +418,8 @@ def _is_user_name(name: object) -> bool:
     return isinstance(name, str) and 0 < len(name) <= _USER_LENGTH_MAX and is_unicode(name)
 
 
-def _check_params(params: object) -> None:
+def check_params(params: object) -> None:
+    """Raise InvalidRequest for what cannot be the parameters of a statement."""
     if params is None or isinstance(params, Mapping):
         return
     if isinstance(params, (str, bytes, bytearray)) or not isinstance(params, Sequence):
@@ -391,31 +428,4 @@ def _check_params(params: object) -> None:
         )
 
 
-def _check_path(what: str, given: object) -> None:
-    text = os.fspath(given) if isinstance(given, (str, os.PathLike)) else None
-    if not isinstance(text, str) or not text or "\x00" in text or not is_unicode(text):
-        raise InvalidRequest(f"{what} {shown(given)} is not the path of a file or directory")
-
-
-def connect(path: str | os.PathLike[str], **settings: Any) -> Database:
-    """Open the database in directory `path`, making it when there is none; ":memory:" keeps it in memory.
-
-    `settings` are keys of docs/settings.md, as "jobs.max_concurrent" or jobs_max_concurrent; `config`
-    names a TOML file. Raises DirectoryLocked, Corrupt, InvalidRequest, Unavailable.
-    """
-    file = settings.pop("config", None)
-    for what, given in (("path", path), ("config", file)):
-        if given is not None or what == "path":
-            _check_path(what, given)
-    loaded = Settings.load(settings, file=None if file is None else Path(file))
-    if os.fspath(path) != ":memory:":
-        return Database(AppContext(Path(path), loaded))
-    folder = Path(tempfile.mkdtemp(prefix="kalamdb-"))
-    try:
-        return Database(AppContext(None, loaded, root=folder), lambda: shutil.rmtree(folder, ignore_errors=True))
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-
-
-__all__ = ["BoundSession", "CheckReport", "Database", "Transaction", "connect"]
+__all__ = ["BoundSession", "CheckReport", "Database", "Params", "Transaction", "check_params"]

@@ -1,11 +1,13 @@
-"""Background work, a thread that does one bounded pass after another; and work that Ctrl-C waits for."""
+"""Background work, a thread that does one bounded pass after another; work that Ctrl-C waits for; and the word that
+nobody waits for a call any more."""
 
 from __future__ import annotations
 
 import logging
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -73,6 +75,39 @@ def may_block() -> None:
 def is_impatient() -> bool:
     """Whether this thread is in an `impatient` block."""
     return _impatience.on
+
+
+class GiveUp:
+    """Says that nobody waits for a call any more. Set from any thread; whoever does the call asks, or is told."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._is_set = False
+        self._tell: list[Callable[[], None]] = []
+
+    def is_set(self) -> bool:
+        """Whether the call need not be finished."""
+        return self._is_set
+
+    def set(self) -> None:
+        """Nobody waits any more. Idempotent."""
+        with self._lock:
+            self._is_set = True
+            for tell in self._tell:
+                tell()
+
+    @contextmanager
+    def telling(self, tell: Callable[[], None]) -> Iterator[None]:
+        """Call `tell`, which must not block, when it is set inside the block or was before; never after the block."""
+        with self._lock:
+            self._tell.append(tell)
+            if self._is_set:
+                tell()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._tell.remove(tell)
 
 
 class Loop:

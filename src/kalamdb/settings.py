@@ -62,6 +62,10 @@ _S = Setting
 _NONE: Final[Mapping[str, str]] = MappingProxyType({})
 _KIB, _MIB, _GIB = 1 << 10, 1 << 20, 1 << 30
 
+_SHARING: Final = (
+    _S("share", False, "let other processes attach to the directory; take it over when its holder ends"),
+    _S("attach_timeout_s", 30.0, "seconds that a process waits for the one that holds the directory to answer", 0),
+)
 _STORE: Final = (
     _S(
         "storage.durability",
@@ -236,7 +240,7 @@ _LOGGING: Final = (
     _S("logging.otlp.service_name", "kalamdb-server", "name of this server in traces"),
     _S("logging.otlp.timeout_ms", 3000, "milliseconds that sending may take", 1),
 )
-SETTINGS: Final[tuple[Setting, ...]] = (*_STORE, *_STATEMENTS, *_JOBS, *_SERVER, *_USERS, *_LOGGING)
+SETTINGS: Final[tuple[Setting, ...]] = (*_SHARING, *_STORE, *_STATEMENTS, *_JOBS, *_SERVER, *_USERS, *_LOGGING)
 BY_KEY: Final[Mapping[str, Setting]] = {setting.key: setting for setting in SETTINGS}
 
 

@@ -16,7 +16,8 @@ from typing import Any
 import uvloop
 
 from kalamdb.config import Settings
-from kalamdb.database import Database, connect
+from kalamdb.database import Database
+from kalamdb.opening import connect
 from kalamdb.server.app import absent_routes
 from kalamdb.server.auth import open_auth
 from kalamdb.server.edge import Edge, peer_of

@@ -29,23 +29,47 @@ class Columns:
     """Column -> rows (of dicts) that do not name it: they take its default."""
 
 
+@dataclass(frozen=True, slots=True)
+class LooseColumns:
+    """Columns of which some are still Python values: what those mean is for the table to say."""
+
+    columns: list[tuple[str, Any]]
+    """Name, and an Arrow array or a list."""
+
+
 def columns_of(data: Any, layout: Layout, user_column: str | None) -> Columns:
     """`data` as columns. Raises InvalidRequest for what is neither a table nor rows, and for values that do not fit."""
+    found = data_of(data)
+    if isinstance(found, pa.Table):
+        return Columns(found)
+    if not isinstance(found, LooseColumns):
+        return _of_rows(found, layout, user_column)
+    arrays = [_column(one, name, layout) if isinstance(one, list) else one for name, one in found.columns]
+    return Columns(pa.Table.from_arrays(arrays, names=[name for name, _ in found.columns]))
+
+
+def data_of(data: Any) -> pa.Table | LooseColumns | Sequence[Any]:
+    """`data` as far as it can be read without knowing its table: Arrow, columns, or rows of Python values.
+
+    Raises InvalidRequest for what is none of them.
+    """
     try:
-        found = _of_table(data, layout)
+        found = _of_table(data)
     except (pa.ArrowException, ValueError, TypeError, KeyError, OverflowError) as exc:
         raise InvalidRequest(f"the data cannot be read as a table: {shown(str(exc))}") from exc
-    return _of_rows(_rows(data), layout, user_column) if found is None else found
+    return _rows(data) if found is None else found
 
 
-def _of_table(data: Any, layout: Layout) -> Columns | None:
+def _of_table(data: Any) -> pa.Table | LooseColumns | None:
     """What is a table already; None for rows."""
+    if isinstance(data, LooseColumns):
+        return data
     if isinstance(data, pa.RecordBatch):
         return _named_once(pa.Table.from_batches([data]))
     if isinstance(data, pa.Table):
         return _named_once(data)
     if hasattr(data, "iloc") and hasattr(data, "columns"):
-        return _of_pandas(data, layout)
+        return _of_pandas(data)
     if hasattr(data, "to_arrow"):
         return _named_once(data.to_arrow())
     if hasattr(data, "__arrow_c_stream__"):
@@ -53,29 +77,29 @@ def _of_table(data: Any, layout: Layout) -> Columns | None:
     return None
 
 
-def _named_once(table: pa.Table) -> Columns:
+def _named_once(table: pa.Table) -> pa.Table:
     names = table.schema.names
     if len(set(names)) != len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise InvalidRequest(f"the data has column '{twice}' twice")
-    return Columns(table)
+    return table
 
 
-def _of_pandas(frame: Any, layout: Layout) -> Columns:
+def _of_pandas(frame: Any) -> LooseColumns:
     """Columns of Python objects are read value by value, others by Arrow; the index is not a column."""
     names = [str(name) for name in frame.columns]
     if len(set(names)) != len(names):
         raise InvalidRequest("the data frame has two columns of one name")
-    arrays = []
+    columns: list[tuple[str, Any]] = []
     for at, name in enumerate(names):
         series = frame.iloc[:, at]
         if series.dtype == object:
             missing = series.isna()
             values = [None if gone is True else value for value, gone in zip(series, missing.tolist(), strict=True)]
-            arrays.append(_column(values, name, layout))
+            columns.append((name, values))
         else:
-            arrays.append(pa.Array.from_pandas(series))
-    return Columns(pa.Table.from_arrays(arrays, names=names))
+            columns.append((name, pa.Array.from_pandas(series)))
+    return LooseColumns(columns)
 
 
 def _rows(data: Any) -> Sequence[Any]:

@@ -36,7 +36,9 @@ _UNFINISHED = f".{_FORMAT}.new"
 """FORMAT until the directory is made. It comes first, so data without either is a directory that lost its FORMAT."""
 _FIRST_GENERATION = "gen-1"
 _GENERATION = re.compile(r"gen-([1-9][0-9]*)\Z")
-_OURS = frozenset({_LOCK, _CURRENT, _FIRST_GENERATION, "logs", f".{_FORMAT}.tmp", f".{_CURRENT}.tmp"})
+SOCKET_NAME = "kalamdb.sock"
+"""Where the holder listens for processes that attach."""
+_OURS = frozenset({_LOCK, SOCKET_NAME, _CURRENT, _FIRST_GENERATION, "logs", f".{_FORMAT}.tmp", f".{_CURRENT}.tmp"})
 """What a creation that was cut short may have left."""
 
 
@@ -72,6 +74,7 @@ class _Holder(msgspec.Struct, frozen=True):
     pid: int
     host: str
     started_at: int
+    shares: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,8 +158,10 @@ class DataDirectory:
         return self._format_uid if self.origin is None else self.origin.database_uid
 
     @staticmethod
-    def open(path: Path, clock: Clock, operations: FileOps | None = None, *, create: bool = True) -> DataDirectory:
-        """Hold the directory, making it when there is none.
+    def open(
+        path: Path, clock: Clock, operations: FileOps | None = None, *, create: bool = True, shares: bool = False
+    ) -> DataDirectory:
+        """Hold the directory, making it when there is none. `shares` tells others that they will be able to attach.
 
         Raises DirectoryLocked (with the holder's pid), InvalidRequest for a folder that is not ours or
         of a newer format, Corrupt, Unavailable. A refused folder is left as it was.
@@ -165,7 +170,7 @@ class DataDirectory:
         try:
             _refuse_stranger(path, create)
             path.mkdir(parents=True, exist_ok=True)
-            lock = _take_lock(path, clock)
+            lock = _take_lock(path, clock, shares)
         except OSError as exc:
             raise Unavailable(f"data directory '{path}' cannot be opened: {exc.strerror}; check its rights") from exc
         try:
@@ -313,7 +318,7 @@ def _refuse_stranger(path: Path, create: bool) -> None:
         )
 
 
-def _take_lock(path: Path, clock: Clock) -> int:
+def _take_lock(path: Path, clock: Clock, shares: bool = False) -> int:
     descriptor = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -324,7 +329,7 @@ def _take_lock(path: Path, clock: Clock) -> int:
     except OSError:
         os.close(descriptor)
         raise
-    holder = _Holder(os.getpid(), socket.gethostname(), clock.now_ms())
+    holder = _Holder(os.getpid(), socket.gethostname(), clock.now_ms(), shares)
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, msgspec.json.encode(holder), 0)
     return descriptor
@@ -345,7 +350,43 @@ def _locked(path: Path, raw: bytes) -> DirectoryLocked:
     )
 
 
+def lock_holder(path: Path) -> int | None:
+    """The process that holds a directory, as far as LOCK tells; None when nobody does."""
+    holder = _read_holder(path)
+    return None if holder is None or _is_gone(holder) else holder.pid
+
+
+def may_answer(path: Path) -> bool:
+    """Whether it is worth waiting for the process that holds a directory: it shares it, or it is only just taking or
+    leaving it, so that nobody can tell."""
+    holder = _read_holder(path)
+    return holder is None or holder.shares or _is_gone(holder)
+
+
+def _read_holder(path: Path) -> _Holder | None:
+    try:
+        return msgspec.json.decode((path / _LOCK).read_bytes(), type=_Holder)
+    except (OSError, msgspec.DecodeError):
+        return None
+
+
+def _is_gone(holder: _Holder) -> bool:
+    return holder.host == socket.gethostname() and not _is_alive(holder.pid)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
 def _release(lock: int) -> None:
+    # Whoever reads it now learns that nobody holds the directory, instead of who did.
+    os.ftruncate(lock, 0)
     fcntl.flock(lock, fcntl.LOCK_UN)
     os.close(lock)
 
@@ -424,11 +465,14 @@ def _sync_folder(path: Path) -> None:
 
 __all__ = [
     "FORMAT_VERSION",
+    "SOCKET_NAME",
     "DataDirectory",
     "Generation",
     "Generations",
     "Origin",
     "replaced_name",
     "held_for_restore",
+    "lock_holder",
+    "may_answer",
     "publish_restored",
 ]

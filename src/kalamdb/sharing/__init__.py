@@ -1,0 +1,6 @@
+"""One data directory for several processes: one holds it, the others attach to it through a Unix socket."""
+
+from kalamdb.sharing.database import SharedDatabase
+from kalamdb.sharing.listener import Listener
+
+__all__ = ["Listener", "SharedDatabase"]
