@@ -73,6 +73,12 @@ class SharedDatabase(Database):
         return self._held is not None
 
     @property
+    def connections(self) -> int:
+        """How many connections of attached processes this one serves; none while it does not hold the directory."""
+        listener = self._listener
+        return 0 if listener is None else listener.connections
+
+    @property
     def context(self) -> AppContext:
         self._check_open()
         if self._held is None:

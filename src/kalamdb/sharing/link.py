@@ -24,7 +24,7 @@ from kalamdb.version import VERSION
 
 IDLE_MAX = 8
 """Connections that are kept for later calls."""
-_GRACE_S = 5.0
+_GRACE_S = 2.0
 """How much longer than its own deadline a call may keep us waiting."""
 _decoders: dict[str, msgspec.msgpack.Decoder[Any]] = {
     name: msgspec.msgpack.Decoder(call.returns) for name, call in CALLS.items() if call.returns is not Result

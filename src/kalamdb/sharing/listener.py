@@ -23,7 +23,7 @@ from kalamdb.version import VERSION
 PROTOCOL = 1
 """Raised whenever a frame, a value or a call comes to mean something else."""
 CONNECTIONS_MAX = 512
-GREETING_TIMEOUT_S = 5.0
+GREETING_TIMEOUT_S = 3.0
 _GREETING_BYTES_MAX = 4096
 _DRAIN_S = 5.0
 _ABORT_S = 2.0
