@@ -38,7 +38,10 @@ from tests.crash.support import (
 
 MOST = pytest.mark.parametrize(
     "most",
-    [POINTS_MAX, pytest.param(None, marks=[pytest.mark.long, pytest.mark.timeout(600)])],
+    [
+        pytest.param(POINTS_MAX, marks=pytest.mark.timeout(180)),
+        pytest.param(None, marks=[pytest.mark.long, pytest.mark.timeout(600)]),
+    ],
     ids=["sixty", "all"],
 )
 """At how many points an operation is stopped."""
