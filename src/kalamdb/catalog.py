@@ -318,8 +318,9 @@ class Catalog:
 
         with self._storages.membership:
             self._storages.get(spec.options.storage_id)
-            self._repeat(change)
-        return self._entries[definition.uid]
+            commit = self._repeat(change)
+        # As it was made: it may be dropped again already.
+        return CatalogEntry(definition, commit.seq)
 
     def alter_table(self, table_id: TableId, change: AlterChange, probe: RowProbe) -> tuple[CatalogEntry, str]:
         """Change a table without rewriting rows; (the table, what was done). Raises InvalidRequest, NotFound."""
