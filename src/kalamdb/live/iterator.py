@@ -11,8 +11,9 @@ from typing import Any
 from kalamdb.errors import Closed, Denied, InvalidRequest, KalamDbError, NotFound, Timeout, Unavailable
 from kalamdb.live.changes import Change
 from kalamdb.live.queries import LiveQueries
-from kalamdb.live.subscription import LiveCode, LiveRequest, LiveSubscription
+from kalamdb.live.subscription import Batch, LiveCode, LiveRequest, LiveSubscription
 from kalamdb.sql.caller import Caller
+from kalamdb.types import Seq
 
 _QUEUE_BYTES_MAX = 4 << 20
 _log = logging.getLogger("kalamdb.live")
@@ -32,13 +33,14 @@ class Subscription:
 
     def __init__(self, queries: LiveQueries, request: LiveRequest, caller: Caller) -> None:
         self._condition = threading.Condition()
-        self._queue: deque[Change] = deque()
+        self._queue: deque[tuple[Change, Seq]] = deque()
+        """Changes, and where to resume once they were read."""
         self._bytes = 0
         self._error: KalamDbError | None = None
         self._closed = False
         self._on_change: Callable[[], None] = lambda: None
-        self._last_seq = 0
         self._inner = queries.subscribe(request, caller, self)
+        self._last_seq: Seq = self._inner.rows_after
         if request.options is None:
             self._inner.go_live()
 
@@ -49,7 +51,7 @@ class Subscription:
 
     @property
     def last_seq(self) -> int:
-        """`_seq` of the last change that was read: where `from_seq` of another subscription goes on."""
+        """Where `from_seq` of another subscription goes on: what was read up to now holds all up to this `_seq`."""
         return self._last_seq
 
     @property
@@ -111,9 +113,9 @@ class Subscription:
                 if self._closed:
                     return None
                 if self._queue:
-                    change = self._queue.popleft()
+                    change, position = self._queue.popleft()
                     self._bytes -= change.size
-                    self._last_seq = max(self._last_seq, change.seq)
+                    self._last_seq = max(self._last_seq, position)
                     return change
                 if self._error is not None:
                     raise self._error
@@ -124,9 +126,19 @@ class Subscription:
             except Closed:
                 # It ended meanwhile; whoever ended it said why.
                 continue
-            self._put([*batch.rows, *batch.deletes])
+            self._read(batch)
             if not batch.has_more:
                 self._inner.go_live()
+
+    def _read(self, batch: Batch) -> None:
+        if batch.rows:
+            # In `_seq` order: after each of them all before it is known, unless deletions are still to come.
+            self._put([(change, min(change.seq, batch.resume_seq)) for change in batch.rows])
+        elif batch.deletes:
+            self._put([(change, 0) for change in batch.deletes[:-1]])
+            self._put([(batch.deletes[-1], batch.resume_seq)])
+        else:
+            self._last_seq = max(self._last_seq, batch.resume_seq)
 
     def listen(self, on_change: Callable[[], None]) -> None:
         """Call `on_change`, which must not block, from any thread, whenever `poll` may find more than before."""
@@ -134,17 +146,17 @@ class Subscription:
 
     # The sink
 
-    def _put(self, changes: Sequence[Change]) -> None:
+    def _put(self, changes: Sequence[tuple[Change, Seq]]) -> None:
         with self._condition:
             if self._closed:
                 return
             self._queue.extend(changes)
-            self._bytes += sum(change.size for change in changes)
+            self._bytes += sum(change.size for change, _ in changes)
             self._condition.notify_all()
 
     def deliver(self, changes: Sequence[tuple[LiveSubscription, Change]]) -> None:
         """See LiveSink."""
-        self._put([change for _, change in changes])
+        self._put([(change, change.seq) for _, change in changes])
         if self._bytes > _QUEUE_BYTES_MAX:
             self._inner.fall_behind()
         self._on_change()

@@ -21,8 +21,6 @@ from kalamdb.tables.read import scan_plan
 from kalamdb.tables.store import ReadPoint, TableStore
 from kalamdb.types import Seq, TableKind, TableUid
 
-BLOCK_ROWS = 16_384
-"""Rows that one look reads; its pages are handed out from memory."""
 _BLOCK_BYTES_MAX = 256 << 20
 
 
@@ -39,6 +37,8 @@ class Block:
     last_row: Seq = 0
     """`_seq` of its last row."""
     last_delete: Seq = 0
+    deletes_after: Seq = 0
+    """What was deleted up to here is known already."""
     deletes: list[Change] = field(default_factory=list)
     kept: Change | None = None
     """The row that did not fit the last page."""
@@ -72,10 +72,14 @@ class Wanted:
 class LiveReader:
     """Reads tables for subscriptions. What it finds is durable when it returns."""
 
-    def __init__(self, store: TableStore, reader: Reader, resume_window_s: float) -> None:
+    def __init__(
+        self, store: TableStore, reader: Reader, resume_window_s: float, *, block_rows: int = 16_384
+    ) -> None:
         self._store = store
         self._reader = reader
         self._resume_window_s = resume_window_s
+        self.block_rows = block_rows
+        """Rows that one look reads; its pages are handed out from memory."""
 
     def covers(self, uid: TableUid, seq: Seq) -> bool:
         """Whether what was deleted since `seq` is still known, so that a subscription may resume there."""
@@ -96,7 +100,7 @@ class LiveReader:
             # Rows of a stream are read after the moment was taken: those that came in between are not meant.
             is_stream = definition.kind is TableKind.STREAM
             seq = head if is_stream else point.seq
-            limit = wanted.last_rows or BLOCK_ROWS
+            limit = wanted.last_rows or self.block_rows
             rows = self._rows(entry, shape, caller, point, wanted, seq if is_stream else None, limit)
             complete = wanted.last_rows is not None or len(rows) < limit
             deleted: pa.Table | None = None
@@ -108,7 +112,7 @@ class LiveReader:
             block.last_row = int(rows.column(SEQ_NAME)[-1].as_py())
         if deleted is not None:
             block.deletes = _deletions(shape, deleted)
-            if len(deleted) == BLOCK_ROWS:
+            if len(deleted) == self.block_rows:
                 block.complete = False
                 block.last_delete = block.deletes[-1].seq
         return block
@@ -124,14 +128,14 @@ class LiveReader:
         newest_first = wanted.last_rows is not None
         columns = [quote(shape.layout.columns[at].name) for at in shape.indexes]
         found = self._select(entry, caller, point, columns, conditions, "DESC" if newest_first else "ASC", limit)
-        return found.take(pa.array(range(len(found) - 1, -1, -1))) if newest_first else found
+        return found.take(pa.array(range(len(found) - 1, -1, -1), pa.int64())) if newest_first else found
 
     def _deleted(self, entry: CatalogEntry, shape: Shape, caller: Caller, point: ReadPoint, after: Seq) -> pa.Table:
         conditions = ["_deleted", f"{SEQ_NAME} > {after}"]
         if shape.key_only:
             conditions.append(sql(shape.filter, shape.layout))
         columns = [quote(shape.layout.columns[at].name) for at in shape.layout.pk_indexes]
-        return self._select(entry, caller, point, columns, conditions, "ASC", BLOCK_ROWS, deleted=True)
+        return self._select(entry, caller, point, columns, conditions, "ASC", self.block_rows, deleted=True)
 
     def _select(
         self, entry: CatalogEntry, caller: Caller, point: ReadPoint, columns: Sequence[str],
@@ -143,7 +147,7 @@ class LiveReader:
             f"SELECT {', '.join([*columns, SEQ_NAME])} FROM {quote(definition.namespace)}.{quote(definition.name)} "
             f"WHERE {where} ORDER BY {SEQ_NAME} {direction} LIMIT {limit}"
         )
-        plan = scan_plan(self._store, point.view(definition.uid))
+        plan = scan_plan(self._store, point.view(definition.uid), include_deleted=deleted)
         source = TableSource(
             definition.namespace, definition.name, plan, with_seq=True, with_deleted=deleted, include_deleted=deleted
         )

@@ -91,7 +91,11 @@ class LiveSink(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One page of what is stored; `deletes` follow after its rows."""
+    """One page of what is stored: rows, or what was deleted, or, as the last one, neither.
+
+    Deletions come after all rows, so whoever sends them on sends them before the end of the last batch: until then
+    a receiver resumes where it did before.
+    """
 
     number: int
     rows: list[Change]
@@ -99,6 +103,8 @@ class Batch:
     has_more: bool
     last_seq: Seq | None
     """`_seq` of the last row, None when there is none."""
+    resume_seq: Seq
+    """Where to resume when this batch was taken: nothing up to here is missing."""
 
 
 class State(StrEnum):
@@ -144,6 +150,7 @@ class LiveSubscription:
     """When whoever holds it was heard of last, if it says so."""
     block: Block | None = None
     batches: int = 0
+    resume_seq: Seq = 0
     credentials: tuple[Any, ...] | None = None
     """Role and password of a bound caller when it began."""
     _reading: threading.Lock = field(default_factory=threading.Lock)
@@ -167,14 +174,17 @@ class LiveSubscription:
             options = self.request.options
             rows = block.page(options.batch_size if options is not None else BATCH_ROWS, BATCH_BYTES_MAX)
             deletes: list[Change] = []
-            if not block.left:
+            if not rows:
                 deletes, block.deletes = block.deletes, []
             has_more = self._pages_left(block)
             self.batches += 1
-            return Batch(self.batches - 1, rows, deletes, has_more, rows[-1].seq if rows else None)
+            last = rows[-1].seq if rows else None
+            known = min(last or 0, block.deletes_after) if has_more else block.seq
+            self.resume_seq = max(known, self.resume_seq)
+            return Batch(self.batches - 1, rows, deletes, has_more, last, self.resume_seq)
 
     def _pages_left(self, block: Block) -> bool:
-        if block.left:
+        if block.left or block.deletes:
             return True
         with self.queries.lock:
             # What was kept meanwhile grew too large and was let go: the next look finds it.
@@ -194,6 +204,7 @@ class LiveSubscription:
             ChangeType.SNAPSHOT if self.initial else ChangeType.INSERT,
         )  # fmt: skip
         block = queries.reader.read(entry, shape, self.caller, wanted)
+        block.deletes_after = block.seq if self.deletes_after is None else self.deletes_after
         if block.complete:
             self.rows_after = self.deletes_after = block.seq
         elif block.deletes:

@@ -281,7 +281,7 @@ class Reader:
                 TableSource(
                     entry.definition.namespace,
                     entry.definition.name,
-                    scan_plan(self._store, point.view(uid), overlay),
+                    scan_plan(self._store, point.view(uid), overlay, include_deleted=reads.deleted_in_where),
                     with_seq="_seq" in reads.specials,
                     with_deleted="_deleted" in reads.specials,
                     include_deleted=reads.deleted_in_where,

@@ -37,8 +37,10 @@ def scan_columns(layout: Layout) -> tuple[ScanColumn, ...]:
     return tuple(out)
 
 
-def scan_plan(store: TableStore, view: TableView, overlay: Overlay | None = None) -> ScanPlan:
-    """All rows of `view`, with the uncommitted changes of a transaction on top."""
+def scan_plan(
+    store: TableStore, view: TableView, overlay: Overlay | None = None, *, include_deleted: bool = False
+) -> ScanPlan:
+    """All rows of `view`, with the uncommitted changes of a transaction on top; tombstones too where they matter."""
     layout = store.layout(view.definition)
     if view.definition.kind is TableKind.STREAM:
         return _stream_plan(store, view, layout)
@@ -52,7 +54,7 @@ def scan_plan(store: TableStore, view: TableView, overlay: Overlay | None = None
     parts: list[FilePart | MemoryPart] = [
         _file_part(store, view, segment, layout, marked, start, end)
         for segment in segments
-        if segment.record.rows > segment.record.tombstones
+        if include_deleted or segment.record.rows > segment.record.tombstones
     ]
     for version in sorted({chunk.version for chunk in view.chunks}):
         chunks = [chunk for chunk in view.chunks if chunk.version == version]
