@@ -35,7 +35,7 @@ from kalamdb.jobs.scheduler import Schedulers
 from kalamdb.jobs.schedules import JobSchedules
 from kalamdb.jobs.settings import JobSettings
 from kalamdb.jobs.workers import WorkersFactory
-from kalamdb.live import LiveLimits, LiveQueries, LiveReader
+from kalamdb.live import LiveAdmin, LiveLimits, LiveQueries, LiveReader
 from kalamdb.passwords import PasswordRules, Passwords
 from kalamdb.result import Result
 from kalamdb.service import Loop
@@ -49,7 +49,15 @@ from kalamdb.sql.query import Reader
 from kalamdb.sql.rows import Rows
 from kalamdb.sql.schedules import ScheduleAdmin
 from kalamdb.sql.session import Session
-from kalamdb.sql.statements import BackupStatement, KillQuery, ScheduleStatement, StorageStatement, UserStatement
+from kalamdb.sql.statements import (
+    BackupStatement,
+    KillLiveQuery,
+    KillQuery,
+    ScheduleStatement,
+    StorageStatement,
+    SubscribeTo,
+    UserStatement,
+)
 from kalamdb.sql.storages import StorageAdmin
 from kalamdb.sql.tokens import SqlLimits
 from kalamdb.sql.users import UserAdmin
@@ -113,11 +121,10 @@ class AppContext:
             self._adopt_restored()
             self.system_tables = self._system()
             self.session = self._make_session()
-            self.live = self._make_live()
             self.introspection = Introspection(
                 clock=self.clock, store=self.store, session=self.session, engine=self._engine, queries=self.queries,
                 manager=self._job_manager, backups=self.backups, directory=self.directory, probation=self.probation,
-                made_s=self.clock.monotonic_s(), users_counted=lambda: sum(1 for _ in self.users.all()),
+                live=self.live, made_s=self.clock.monotonic_s(), users_counted=lambda: sum(1 for _ in self.users.all()),
                 logs_folder=self._logs_folder(path),
             )  # fmt: skip
             for table in self.introspection.tables():
@@ -364,6 +371,8 @@ class AppContext:
             retention_hours=s["retention.default_deleted_retention_hours"],
         )  # fmt: skip
         self.rows = rows
+        self.live = self._make_live()
+        live = LiveAdmin(self.live)
         return Session(
             self.store, reader, rows, admin, JobAdmin(manager, self.store, reader), self.clock,
             runners={
@@ -372,6 +381,8 @@ class AppContext:
                 StorageStatement: StorageAdmin(self.storages, self.catalog),
                 BackupStatement: BackupAdmin(self.backups, manager),
                 KillQuery: QueryAdmin(self.queries),
+                SubscribeTo: live,
+                KillLiveQuery: live,
             },
             limits=self._sql_limits(),
             cache_entries_max=s["execution.sql_plan_cache_max_entries"],
@@ -395,7 +406,8 @@ class AppContext:
             self.store, self.catalog, self.users,
             LiveReader(self.store, self._reader, self.settings["live.resume_window_s"]), self.clock,
             is_system=lambda table_id: self.system_tables.find(table_id) is not None,
-            limits=LiveLimits(), sql_limits=self._sql_limits(),
+            limits=LiveLimits(subscriptions_per_user_max=self.settings["rate_limit.max_subscriptions_per_user"]),
+            sql_limits=self._sql_limits(),
         )  # fmt: skip
 
     @property

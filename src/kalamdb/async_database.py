@@ -20,6 +20,8 @@ from kalamdb.database import CheckReport, Database, Params, Transaction
 from kalamdb.errors import Closed, InvalidRequest, Timeout
 from kalamdb.jobs import Job
 from kalamdb.jobs.manager import JobRequest, UnifiedJobManager
+from kalamdb.live import Change, Subscription
+from kalamdb.live.subscription import BATCH_ROWS
 from kalamdb.opening import connect
 from kalamdb.result import Result
 from kalamdb.service import GiveUp
@@ -181,6 +183,18 @@ class AsyncDatabase:
             namespace=namespace,
         )  # fmt: skip
 
+    async def subscribe(
+        self, sql: str, params: Params = None, *, user: str | None = None, role: str | Role | None = None,
+        namespace: str | None = None, from_seq: int | None = None, last_rows: int | None = None,
+        snapshot: bool = False, batch_size: int = BATCH_ROWS,
+    ) -> AsyncSubscription:  # fmt: skip
+        """See Database.subscribe; the changes come by `async for`."""
+        found = await self._pool.finish(
+            self._database.subscribe, sql, params, user=user, role=role, namespace=namespace, from_seq=from_seq,
+            last_rows=last_rows, snapshot=snapshot, batch_size=batch_size,
+        )  # fmt: skip
+        return AsyncSubscription(found, self._pool)
+
     def session(
         self, *, user: str | None = None, role: str | Role | None = None, namespace: str | None = None
     ) -> AsyncSession:
@@ -206,6 +220,65 @@ class AsyncDatabase:
         return await self._pool.run(self._database.check)
 
 
+class AsyncSubscription:
+    """Changes of a table by `async for`; see `Subscription`. One task may read; leaving `async with` closes it."""
+
+    def __init__(self, inner: Subscription, pool: _Pool) -> None:
+        self._inner = inner
+        self._pool = pool
+        self._loop = asyncio.get_running_loop()
+        self._more = asyncio.Event()
+        inner.listen(self._wake)
+
+    def _wake(self) -> None:
+        # A loop that is closed reads nothing any more.
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._more.set)
+
+    @property
+    def last_seq(self) -> int:
+        """See Subscription.last_seq."""
+        return self._inner.last_seq
+
+    @property
+    def resumed(self) -> bool:
+        """See Subscription.resumed."""
+        return self._inner.resumed
+
+    async def __aenter__(self) -> AsyncSubscription:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.close()
+
+    def __aiter__(self) -> AsyncSubscription:
+        return self
+
+    async def __anext__(self) -> Change:
+        while not self._inner.closed:
+            self._more.clear()
+            reads = self._inner.must_read
+            found = await self._pool.finish(self._inner.poll) if reads else self._inner.poll()
+            if found is not None:
+                return found
+            await self._more.wait()
+        raise StopAsyncIteration
+
+    async def next(self, timeout_s: float | None = None) -> Change:
+        """See Subscription.next."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await self.__anext__()
+        except TimeoutError:
+            raise Timeout(f"no change came within {timeout_s:g} s") from None
+        except StopAsyncIteration:
+            raise Closed("the subscription was closed") from None
+
+    async def close(self) -> None:
+        """See Subscription.close."""
+        await asyncio.to_thread(self._inner.close)
+
+
 class AsyncSession:
     """Calls of an AsyncDatabase with user, role and namespace filled in."""
 
@@ -226,6 +299,10 @@ class AsyncSession:
     async def insert(self, table: str, data: Any, *, user_column: str | None = None, on_conflict: str = "error") -> int:
         """See Database.insert."""
         return await self._database.insert(table, data, user_column=user_column, on_conflict=on_conflict, **self._bound)
+
+    async def subscribe(self, sql: str, params: Params = None, **options: Any) -> AsyncSubscription:
+        """See AsyncDatabase.subscribe."""
+        return await self._database.subscribe(sql, params, **options, **self._bound)
 
     def transaction(self) -> AbstractAsyncContextManager[AsyncTransaction]:
         """See AsyncDatabase.transaction."""

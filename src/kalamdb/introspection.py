@@ -13,6 +13,7 @@ from kalamdb.backup import Backups
 from kalamdb.backup.restore import Probation
 from kalamdb.clock import Clock
 from kalamdb.jobs import UnifiedJobManager
+from kalamdb.live import LiveQueries, live_table
 from kalamdb.machine import machine_figures
 from kalamdb.sql.engine import Engine
 from kalamdb.sql.queries import RunningQueries
@@ -61,7 +62,7 @@ _ABSENT: Final[Figures] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Introspection:
-    """Rows of system.stats, system.transactions and of the engine's information_schema, over the parts."""
+    """Rows of system.stats, system.live, system.transactions and of the engine's information_schema, over the parts."""
 
     clock: Clock
     store: TableStore
@@ -74,6 +75,7 @@ class Introspection:
     probation: Probation | None
     made_s: float
     """When the database was opened, by the monotonic clock."""
+    live: LiveQueries
     users_counted: Callable[[], int]
     logs_folder: Path | None
     """Where the server writes its log files."""
@@ -88,6 +90,7 @@ class Introspection:
             **_ABSENT,
             **machine_figures(),
             **self.store.backend.stats(),
+            **self.live.figures(),
             "server_version": VERSION,
             "server_uptime_seconds": uptime_s,
             "server_uptime_human": str(dt.timedelta(seconds=uptime_s)),
@@ -124,6 +127,7 @@ class Introspection:
 
     def tables(self) -> Iterator[SystemTable]:
         """The system tables over these parts."""
+        yield live_table(self.live.rows)
         yield SystemTable(TableId(SYSTEM, "transactions"), _TRANSACTIONS, lambda _: self._transactions())
         yield SystemTable(TableId(SYSTEM, "queries"), _QUERIES, lambda _: list(self.queries.rows()))
         yield from node_tables(

@@ -6,6 +6,7 @@ database. Nothing is handed out before it is durable, and each change once, in c
 
 from __future__ import annotations
 
+from kalamdb.live.admin import LiveAdmin, live_options, live_table
 from kalamdb.live.changes import Change, ChangeType, Field, Values
 from kalamdb.live.iterator import Subscription, call_back
 from kalamdb.live.queries import LiveLimits, LiveQueries, code_of
@@ -18,6 +19,7 @@ __all__ = [
     "Change",
     "ChangeType",
     "Field",
+    "LiveAdmin",
     "LiveCode",
     "LiveLimits",
     "LiveOptions",
@@ -31,5 +33,7 @@ __all__ = [
     "Values",
     "call_back",
     "code_of",
+    "live_options",
+    "live_table",
     "parse_live",
 ]

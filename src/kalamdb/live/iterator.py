@@ -55,6 +55,16 @@ class Subscription:
         return self._last_seq
 
     @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed
+
+    @property
+    def must_read(self) -> bool:
+        """Whether `poll` will read the tables, and so may block."""
+        return not self._queue and self._inner.has_batches
+
+    @property
     def resumed(self) -> bool:
         """Whether it goes on after `from_seq`; False when that was too old and every row came instead."""
         return self._inner.resumed

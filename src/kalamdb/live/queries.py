@@ -93,7 +93,7 @@ class LiveQueries:
         self._store = store
         self._catalog = catalog
         self._users = users
-        self._clock = clock
+        self.clock = clock
         self._is_system = is_system
         self._sql_limits = sql_limits
         self._capture = Capture(store)
@@ -152,6 +152,15 @@ class LiveQueries:
             raise
         return found
 
+    def check(self, sql: str, caller: Caller) -> CatalogEntry:
+        """The table of a SELECT that the caller may subscribe to. Raises what `subscribe` raises."""
+        select = parse_live(sql, caller, self._sql_limits)
+        entry = self._entry(select, caller)
+        layout = self._store.layout(entry.definition)
+        select.filter(layout)
+        select.column_ids(layout)
+        return entry
+
     def _entry(self, select: LiveSelect, caller: Caller) -> CatalogEntry:
         if self._is_system(select.table_id):
             raise Denied(f"'{select.table_id}' cannot be subscribed")
@@ -185,7 +194,7 @@ class LiveQueries:
         elif table.entry.definition.version < entry.definition.version:
             self._bind(table, entry)
         key = GroupKey(select.filter(table.layout), select.column_ids(table.layout))
-        subscription_id = request.subscription_id or ulid(self._clock)
+        subscription_id = request.subscription_id or ulid(self.clock)
         live_id = f"{caller.user}-{request.connection_id or 'local'}-{subscription_id}"
         if live_id in self._subscriptions:
             raise InvalidRequest(f"there is a subscription '{live_id}' already; close it first")
@@ -194,7 +203,7 @@ class LiveQueries:
         own = replace(caller, params=None, deadline=lambda: False, cancelled=lambda: self._stopped)
         found = LiveSubscription(
             self, replace(request, subscription_id=subscription_id), own, sink, table, group, prefix, live_id,
-            self._clock.now_ms(), rows_after=0, deletes_after=None,
+            self.clock.now_ms(), rows_after=0, deletes_after=None,
         )  # fmt: skip
         group.subscriptions.append(found)
         self._subscriptions[live_id] = found
@@ -322,7 +331,7 @@ class LiveQueries:
             self._follow_table(uid, renewed=noted.renewed)
         for user in noted.users:
             self._follow_user(msgspec.msgpack.decode(user, type=UserRecord))
-        outgoing = _Outgoing(self.limits.kept_bytes_max, self._clock.now_ms)
+        outgoing = _Outgoing(self.limits.kept_bytes_max, self.clock.now_ms)
         for part in noted.parts:
             try:
                 self._publish_part(part, outgoing)

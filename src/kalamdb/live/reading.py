@@ -72,9 +72,7 @@ class Wanted:
 class LiveReader:
     """Reads tables for subscriptions. What it finds is durable when it returns."""
 
-    def __init__(
-        self, store: TableStore, reader: Reader, resume_window_s: float, *, block_rows: int = 16_384
-    ) -> None:
+    def __init__(self, store: TableStore, reader: Reader, resume_window_s: float, *, block_rows: int = 16_384) -> None:
         self._store = store
         self._reader = reader
         self._resume_window_s = resume_window_s

@@ -175,6 +175,7 @@ def _column_id(layout: Layout, name: str) -> int:
 
 
 _NOT_VALUE = object()
+_KNOWN = frozenset({"this", "expression", "expressions", "low", "high", "negate", "is_string"})
 
 
 class _Builder:
@@ -185,6 +186,13 @@ class _Builder:
         self._layout = layout
 
     def build(self, node: exp.Expression) -> Filter:
+        """The filter of a node. The parser says NOT inside of some nodes; what else it may add is refused unseen."""
+        if not isinstance(node, exp.Column) and any(value and part not in _KNOWN for part, value in node.args.items()):
+            raise self._refused(node)
+        found = self._positive(node)
+        return Not(found) if node.args.get("negate") else found
+
+    def _positive(self, node: exp.Expression) -> Filter:
         match node:
             case exp.Paren():
                 return self.build(node.this)
@@ -202,9 +210,9 @@ class _Builder:
                 return IsTrue(self._column(node))
             case exp.Is():
                 return self._is(node)
-            case exp.In() if not (node.args.get("query") or node.args.get("unnest") or node.args.get("field")):
+            case exp.In():
                 return OneOf(self._column(node.this), tuple(self._value(one) for one in node.expressions))
-            case exp.Between() if not node.args.get("symmetric"):
+            case exp.Between():
                 column = self._column(node.this)
                 low, high = self._value(node.args["low"]), self._value(node.args["high"])
                 return All((Compare(column, ">=", low), Compare(column, "<=", high)))

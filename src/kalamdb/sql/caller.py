@@ -118,7 +118,7 @@ def required_role(statement: st.Statement) -> Role:
             return Role.DBA
         case st.UserStatement() | st.ScheduleStatement() | st.BackupStatement() | st.StorageStatement():
             return Role.DBA
-        case st.KillQuery():
+        case st.KillQuery() | st.KillLiveQuery():
             return Role.DBA
         case st.ControlJob() | st.ControlQueue() | st.LimitQueue() | st.ExplainJob() | st.CreateJob():
             return Role.DBA

@@ -429,6 +429,31 @@ def _storage(cursor: Cursor) -> st.Statement:
     return st.Maintain(cursor.sql, operation, table, None)
 
 
+def _subscribe(cursor: Cursor) -> st.Statement:
+    """SUBSCRIBE TO ns.t [WHERE ...] [OPTIONS (...)], or TO SELECT ...; what may be subscribed is checked later."""
+    cursor.expect("SUBSCRIBE", "TO")
+    if cursor.peek("SELECT"):
+        query = cursor.until("OPTIONS")
+    else:
+        start = cursor.at
+        cursor.table()
+        if cursor.accept("WHERE"):
+            cursor.until("OPTIONS")
+        query = f"SELECT * FROM {cursor.text[cursor.tokens[start].start : cursor.tokens[cursor.at - 1].end]}"
+    options = parse_options(cursor) if cursor.accept("OPTIONS") else {}
+    cursor.end()
+    return st.SubscribeTo(cursor.sql, query, options)
+
+
+def _kill(cursor: Cursor) -> st.Statement:
+    if not cursor.peek("KILL", "LIVE"):
+        return parse_control(st.JobVerb.CANCEL)(cursor)
+    cursor.expect("KILL", "LIVE", "QUERY")
+    live_id = cursor.string("the live_id of a subscription, in quotes")
+    cursor.end()
+    return st.KillLiveQuery(cursor.sql, live_id)
+
+
 _HANDLERS: dict[str, Callable[[Cursor], st.Statement]] = {
     "CREATE": _create,
     "DROP": _drop,
@@ -455,7 +480,8 @@ _HANDLERS: dict[str, Callable[[Cursor], st.Statement]] = {
     "STORAGE": _storage,
     "FLUSH": _storage,
     "COMPACT": _storage,
-    "KILL": parse_control(st.JobVerb.CANCEL),
+    "KILL": _kill,
+    "SUBSCRIBE": _subscribe,
     "CANCEL": parse_control(st.JobVerb.CANCEL),
     "PAUSE": parse_control(st.JobVerb.PAUSE),
     "RESUME": parse_control(st.JobVerb.RESUME),

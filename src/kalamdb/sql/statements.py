@@ -388,6 +388,27 @@ class SetOption(Statement):
     value: str
 
 
+# Live queries
+
+
+@dataclass(frozen=True, slots=True)
+class SubscribeTo(Statement):
+    """SUBSCRIBE TO query [OPTIONS (...)]; option names in capitals."""
+
+    query: str
+    options: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class KillLiveQuery(Statement):
+    """KILL LIVE QUERY 'id'."""
+
+    live_id: str
+
+
+LiveStatement = SubscribeTo | KillLiveQuery
+
+
 # Users
 
 
