@@ -43,6 +43,7 @@ from kalamdb.sql.admin import Admin
 from kalamdb.sql.backups import BackupAdmin
 from kalamdb.sql.caller import Caller, Params
 from kalamdb.sql.engine import Engine, EngineLimits
+from kalamdb.sql.execute_as import Impersonation
 from kalamdb.sql.jobs import JobAdmin
 from kalamdb.sql.queries import QueryAdmin, RunningQueries
 from kalamdb.sql.query import Reader
@@ -375,6 +376,7 @@ class AppContext:
         live = LiveAdmin(self.live)
         return Session(
             self.store, reader, rows, admin, JobAdmin(manager, self.store, reader), self.clock,
+            impersonation=Impersonation(self.users),
             runners={
                 UserStatement: UserAdmin(self.users, manager),
                 ScheduleStatement: ScheduleAdmin(self.schedules),

@@ -390,7 +390,7 @@ class _Services:
         statements = self._database.context.session.parsed(sql).statements
         if any(isinstance(one, st.TransactionControl) for one in statements):
             raise InvalidRequest("BEGIN and COMMIT cannot stand in SQL of a job; use ctx.transaction()")
-        if any(isinstance(one, st.Insert | st.Update | st.Delete | st.CreateJob) for one in statements):
+        if any(isinstance(one, st.Insert | st.Update | st.Delete | st.CreateJob | st.ExecuteAs) for one in statements):
             with self._database._transaction(user, lambda: [fence]) as transaction:
                 return transaction.execute(sql, params)
         with self._database.context.backend.under_lease(fence):

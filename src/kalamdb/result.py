@@ -70,6 +70,8 @@ class Result:
         self.row_count: int = row_count if row_count is not None else self._count()
         self.message = message
         self.results: list[Result] = results if results is not None else [self]
+        self.as_user: str | None = None
+        """Whose rows the statement worked on, where EXECUTE AS USER named another user."""
         self._position = 0
 
     def _count(self) -> int:

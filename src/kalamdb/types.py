@@ -30,8 +30,9 @@ class TableKind(StrEnum):
 
 
 class Role(StrEnum):
-    """Rights of a caller, rising: user < service < dba < system."""
+    """Rights of a caller, rising: anonymous (none) < user < service < dba < system."""
 
+    ANONYMOUS = "anonymous"
     USER = "user"
     SERVICE = "service"
     DBA = "dba"

@@ -169,3 +169,14 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     _wait_until_healthy(server)
     yield server
     server.stop()
+
+
+@pytest.fixture(scope="module")
+def unset_shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """As `shared`, but root has no password."""
+    folder = tmp_path_factory.mktemp("unset")
+    environment = {name: value for name, value in ENVIRONMENT.items() if name != "KALAMDB_ROOT_PASSWORD"}
+    server = _launch(folder / "data", folder / "data.log", environment, None)
+    _wait_until_healthy(server)
+    yield server
+    server.stop()

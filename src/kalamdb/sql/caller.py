@@ -13,7 +13,7 @@ from kalamdb.sql import statements as st
 from kalamdb.sql.render import sql_literal
 from kalamdb.types import SHARED_SCOPE, AccessLevel, Role, Scope, TableKind
 
-_RANK = {Role.USER: 0, Role.SERVICE: 1, Role.DBA: 2, Role.SYSTEM: 3}
+_RANK = {Role.ANONYMOUS: -1, Role.USER: 0, Role.SERVICE: 1, Role.DBA: 2, Role.SYSTEM: 3}
 
 Params = Sequence[Any] | Mapping[str, Any] | None
 
@@ -45,6 +45,10 @@ class Caller:
     deadline: Callable[[], bool] = lambda: False
     cancelled: Callable[[], bool] = lambda: False
     served: Served | None = None
+    address: str | None = None
+    """IP address that the request came from; None for calls of the program itself."""
+    acts_for_another: bool = False
+    """Inside EXECUTE AS USER: `user` is the target."""
 
     def scope(self, definition: TableDef) -> Scope:
         """Whose rows of a table the caller works on."""
@@ -142,9 +146,12 @@ def check_role(caller: Caller, statement: st.Statement) -> None:
 
 
 def may_read(caller: Caller, definition: TableDef) -> bool:
-    """Whether the caller may read a table."""
+    """Whether the caller may read a table. Raises InvalidRequest for a SHARED one inside EXECUTE AS USER."""
+    if not caller.has(Role.USER):
+        return False
     if definition.kind is not TableKind.SHARED:
         return True
+    _refuse_shared(caller)
     match definition.options.access_level:
         case AccessLevel.PUBLIC:
             return True
@@ -157,16 +164,26 @@ def may_read(caller: Caller, definition: TableDef) -> bool:
 
 
 def may_write(caller: Caller, definition: TableDef) -> bool:
-    """Whether the caller may write a table."""
+    """Whether the caller may write a table. Raises InvalidRequest for a SHARED one inside EXECUTE AS USER."""
     if definition.kind is not TableKind.SHARED:
-        return True
+        return caller.has(Role.USER)
+    _refuse_shared(caller)
     needed = Role.DBA if definition.options.access_level is AccessLevel.DBA else Role.SERVICE
     return caller.has(needed)
 
 
 def may_create(caller: Caller, kind: TableKind) -> bool:
-    """Whether the caller may create or alter a table of a kind."""
-    return kind is not TableKind.SHARED or caller.has(Role.SERVICE)
+    """Whether the caller may create or alter a table of a kind. Raises InvalidRequest for SHARED ones inside
+    EXECUTE AS USER."""
+    if kind is not TableKind.SHARED:
+        return caller.has(Role.USER)
+    _refuse_shared(caller)
+    return caller.has(Role.SERVICE)
+
+
+def _refuse_shared(caller: Caller) -> None:
+    if caller.acts_for_another:
+        raise InvalidRequest("EXECUTE AS USER is not allowed on SHARED tables: their rows belong to no user")
 
 
 def denied(caller: Caller, verb: str, definition: TableDef) -> Denied:

@@ -16,6 +16,7 @@ from kalamdb.sql.backups import (
     parse_verify,
 )
 from kalamdb.sql.cursor import Cursor
+from kalamdb.sql.execute_as import check_inner, parse_execute_as
 from kalamdb.sql.parse_jobs import parse_alter_queue, parse_call, parse_control, parse_job_id
 from kalamdb.sql.parse_table import parse_alter_table, parse_create_table, parse_options
 from kalamdb.sql.schedules import parse_schedule_statement
@@ -175,6 +176,13 @@ def _set(cursor: Cursor) -> st.Statement:
     token = cursor.take()
     cursor.end()
     return st.SetOption(cursor.sql, ".".join(parts), token.string if token.kind is TokenKind.STRING else token.text)
+
+
+def _execute(cursor: Cursor) -> st.Statement:
+    user, tokens = parse_execute_as(cursor)
+    inner = _parse_one(cursor.text, tokens)
+    check_inner(inner)
+    return st.ExecuteAs(cursor.sql, user, inner)
 
 
 def _begin(cursor: Cursor) -> st.Statement:
@@ -471,6 +479,7 @@ _HANDLERS: dict[str, Callable[[Cursor], st.Statement]] = {
     "VALUES": _query,
     "(": _query,
     "EXPLAIN": _explain,
+    "EXECUTE": _execute,
     "INSERT": _insert,
     "UPDATE": _update,
     "DELETE": _delete,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from functools import lru_cache
@@ -168,6 +168,12 @@ class Reader:
             deadline=caller.deadline,
             cancelled=caller.cancelled,
         )
+
+    def check_reads(self, names: Sequence[st.TableName], caller: Caller) -> None:
+        """Raise Denied for a table that there is and the caller may not read."""
+        for name in names:
+            with suppress(NotFound, InvalidRequest):
+                self._follow(_Reads(), (name,), None, caller, 0)
 
     def views_of(self, statement: st.Select, caller: Caller) -> frozenset[TableId]:
         """The views that a query reads, also through others."""

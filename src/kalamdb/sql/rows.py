@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,7 @@ import pyarrow as pa
 
 from kalamdb.catalog import CatalogEntry
 from kalamdb.clock import Clock, ulid, uuid_v7
-from kalamdb.errors import InvalidRequest
+from kalamdb.errors import InvalidRequest, NotFound
 from kalamdb.result import Result
 from kalamdb.sql import statements as st
 from kalamdb.sql.analyse import analyse_text
@@ -376,6 +377,13 @@ class Rows:
         if not may_write(caller, entry.definition):
             raise denied(caller, "write", entry.definition)
         return entry
+
+    def check_writes(self, name: st.TableName, caller: Caller) -> None:
+        """Raise Denied for a table that there is and the caller may not write."""
+        with suppress(NotFound, InvalidRequest):
+            entry = self._reader.entry(name, caller)
+            if not may_write(caller, entry.definition):
+                raise denied(caller, "write", entry.definition)
 
     def checker(self, entry: CatalogEntry, caller: Caller) -> Validate | None:
         """What raises for rows that break a CHECK of the table; None when it has none."""

@@ -17,6 +17,7 @@ from kalamdb.sql import statements as st
 from kalamdb.sql.admin import Admin
 from kalamdb.sql.caller import Caller, check_role
 from kalamdb.sql.engine import QueryRun
+from kalamdb.sql.execute_as import Impersonation
 from kalamdb.sql.jobs import JOB_STATEMENTS, JobAdmin
 from kalamdb.sql.parse import parse
 from kalamdb.sql.query import Reader
@@ -63,6 +64,7 @@ class Session:
         jobs: JobAdmin,
         clock: Clock,
         *,
+        impersonation: Impersonation,
         runners: Mapping[type[st.Statement], StatementRunner],
         limits: SqlLimits,
         cache_entries_max: int,
@@ -76,6 +78,7 @@ class Session:
         self._jobs = jobs
         self._runners = {**dict.fromkeys(JOB_STATEMENTS, jobs), **runners}
         self._clock = clock
+        self._impersonation = impersonation
         self._limits = limits
         self._cache: OrderedDict[str, st.Script] = OrderedDict()
         self._cache_entries_max = cache_entries_max
@@ -96,9 +99,8 @@ class Session:
         return self.run(script, caller, transaction)
 
     def authorise(self, script: st.Script, caller: Caller) -> None:
-        """Check the role of the caller for all statements, and the parameters. Raises Denied, InvalidRequest."""
-        for statement in script.statements:
-            check_role(caller, statement)
+        """Check the rights of the caller for all statements, and the parameters. Raises Denied, InvalidRequest."""
+        self._check_rights(script.statements, caller)
         caller.check_parameters(script.parameters)
 
     def run(self, script: st.Script, caller: Caller, transaction: Transaction | None = None) -> Result:
@@ -116,6 +118,35 @@ class Session:
                 self._cache.move_to_end(sql)
             return known
 
+    def _check_rights(self, statements: Sequence[st.Statement], caller: Caller) -> None:
+        """Raise Denied, before anything runs, for a statement that the caller may not run, and for a table that
+        there is and the caller may not read or write."""
+        pairs: list[tuple[st.Statement, Caller]] = []
+        for statement in statements:
+            inner, actor = statement, caller
+            if isinstance(statement, st.ExecuteAs):
+                inner, actor = statement.inner, self._impersonation.check(statement, caller)
+            check_role(actor, inner)
+            pairs.append((inner, actor))
+        if len(statements) == 1:
+            return
+        namespace = caller.namespace
+        for statement, actor in pairs:
+            actor = replace(actor, namespace=namespace)
+            match statement:
+                case st.UseNamespace():
+                    namespace = statement.name
+                case st.Select():
+                    self._reader.check_reads(statement.tables, actor)
+                case st.Insert():
+                    self._rows.check_writes(statement.table, actor)
+                    self._reader.check_reads(() if statement.query is None else statement.query.tables, actor)
+                case st.Update() | st.Delete():
+                    self._rows.check_writes(statement.table, actor)
+                    self._reader.check_reads(statement.tables, actor)
+                case _:
+                    pass
+
     def parsed(self, sql: str) -> st.Script:
         """The statements of a text, from the cache when it was seen lately."""
         if not isinstance(sql, str):
@@ -124,7 +155,7 @@ class Session:
         if known is not None:
             return known
         script = parse(sql, self._limits)
-        if len(sql) <= _CACHED_TEXT_MAX and not any(isinstance(one, _SECRET) for one in script.statements):
+        if len(sql) <= _CACHED_TEXT_MAX and not any(map(_holds_secret, script.statements)):
             with self._cache_lock:
                 self._cache[sql] = script
                 while len(self._cache) > self._cache_entries_max:
@@ -233,6 +264,12 @@ class Session:
                 return self._rows.update(statement, caller, transaction)
             case st.Delete():
                 return self._rows.delete(statement, caller, transaction)
+            case st.ExecuteAs():
+                target = self._impersonation.check(statement, caller)
+                self._impersonation.note(statement, caller)
+                result = self._run(statement.inner, target, transaction)
+                result.as_user = statement.user
+                return result
             case st.Show():
                 return self._admin.run(statement, caller)
             case st.ExplainJob():
@@ -245,3 +282,7 @@ class Session:
                     words = " ".join(statement.sql.split()[:2]).upper()
                     raise InvalidRequest(f"{words} cannot stand inside a transaction; COMMIT first")
                 return self._runners.get(type(statement), self._admin).run(statement, caller)
+
+
+def _holds_secret(statement: st.Statement) -> bool:
+    return isinstance(statement.inner if isinstance(statement, st.ExecuteAs) else statement, _SECRET)

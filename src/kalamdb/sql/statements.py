@@ -442,6 +442,17 @@ class UserStatement(Statement):
     if_exists: bool
 
 
+USER_LENGTH_MAX = 128
+
+
+@dataclass(frozen=True, slots=True)
+class ExecuteAs(Statement):
+    """EXECUTE AS USER user (statement)."""
+
+    user: str
+    inner: Statement
+
+
 # Schedules
 
 

@@ -96,7 +96,7 @@ class UserAdmin:
     def run(self, statement: st.UserStatement, caller: Caller) -> Result:
         """Run one statement; the role of the caller was checked."""
         users, name = self._users, statement.name
-        actor = Actor(caller.user, caller.role)
+        actor = Actor(caller.user, caller.role, caller.address)
         match statement.verb:
             case st.UserVerb.CREATE:
                 role = statement.clauses.get(st.UserClause.ROLE, Role.USER)
