@@ -99,7 +99,8 @@ def free_port() -> int:
         return port
 
 
-def _launch(data_dir: Path, log: Path, environment: dict[str, str], config: Path | None) -> Served:
+def launch(data_dir: Path, log: Path, environment: dict[str, str], config: Path | None) -> Served:
+    """Start a server; it may not be ready when this returns."""
     port = free_port()
     command = [sys.executable, "-c", "from kalamdb.cli import app; app()", "serve"]
     command += ["--data-dir", str(data_dir), "--port", str(port)]
@@ -112,7 +113,8 @@ def _launch(data_dir: Path, log: Path, environment: dict[str, str], config: Path
     return Served(process, port, data_dir, log, client)
 
 
-def _wait_until_healthy(served: Served) -> None:
+def wait_until_healthy(served: Served) -> None:
+    """Until it answers. Raises AssertionError with its log when it does not."""
     deadline_s = time.monotonic() + START_TIMEOUT_S
     while True:
         try:
@@ -143,9 +145,9 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
             config.write_text(settings)
         wanted = {**ENVIRONMENT, **(environment or {})}
         given = {name: value for name, value in wanted.items() if value is not None}
-        served = _launch(tmp_path / data, tmp_path / f"{data}.log", given, config)
+        served = launch(tmp_path / data, tmp_path / f"{data}.log", given, config)
         started.append(served)
-        _wait_until_healthy(served)
+        wait_until_healthy(served)
         return served
 
     yield start

@@ -28,6 +28,8 @@ from kalamdb.server.telemetry import Tracing
 _SANE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,64}")
 _AUTH_PREFIX = "/v1/api/auth/"
 _SQL_PATH = "/v1/api/sql"
+_SLUGS = {"RATE_LIMIT_EXCEEDED": "rate_limited"}
+"""Codes that routes for log-in spell in another way."""
 _STANDING_HEADERS = (
     (b"cache-control", b"no-store"),
     (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'"),
@@ -73,7 +75,7 @@ def error_body(path: str, code: str, message: str) -> bytes:
         shape: dict[str, Any] = {"status": "error", "results": [], "error": {"code": code, "message": message}}
         return msgspec.json.encode({**shape, "took": 0.0})
     if path.startswith(_AUTH_PREFIX):
-        return msgspec.json.encode({"error": code.lower(), "message": message})
+        return msgspec.json.encode({"error": _SLUGS.get(code, code.lower()), "message": message})
     return msgspec.json.encode({"error": message, "code": code})
 
 
