@@ -12,7 +12,13 @@ from kalamdb.errors import KalamDbError
 from kalamdb.server.serving import leave
 from kalamdb.server.serving import serve as serve_database
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="KalamDB: a database in a directory.")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    # A trace that shows values would show passwords.
+    pretty_exceptions_enable=False,
+    help="KalamDB: a database in a directory.",
+)
 
 
 @app.callback()

@@ -544,6 +544,37 @@ def test_a_stop_lets_a_job_finish_that_is_quick_enough(world: World) -> None:
     assert manager.wait(later.id, 10).status == "completed"
 
 
+def test_claims_can_stop_while_what_runs_goes_on_and_is_recorded(world: World) -> None:
+    manager, gate = world.manager(start=1), Gate()
+    manager.executor("held", prefix="HE")(gate)
+    job, later = manager.create_job("held"), manager.create_job("held")
+    gate.await_entry()
+    manager.stop_claims()
+    gate.open.set()
+    assert manager.wait(job.id, 10).status == "completed"
+    assert manager.get_job(later.id).status == "queued"
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before", "during"])
+def test_a_stop_that_is_hurried_waits_for_no_job(world: World, before: bool) -> None:
+    manager, gate = world.manager(start=1, cancel_timeout_s=0.05), Gate()
+    manager.executor("held", prefix="HE", on_interrupt="requeue")(gate)
+    job = manager.create_job("held")
+    gate.await_entry()
+    stopping = threading.Thread(target=manager.stop, args=(600.0,))
+    if before:
+        manager.hurry()
+        stopping.start()
+    else:
+        stopping.start()
+        until(lambda: not manager.runner.is_claiming)
+        manager.hurry()
+    stopping.join(10)
+    assert not stopping.is_alive()
+    assert manager.get_job(job.id).status == "queued"
+    gate.open.set()
+
+
 # Async executors
 
 

@@ -76,6 +76,10 @@ class Door:
         """Requests that run."""
         self._per_ip: dict[str, int] = {}
         self._open = 0
+        self.open_peak = 0
+        """Most connections that were open at a time, since the start."""
+        self.sockets_peak = 0
+        """Most WebSockets."""
         self.refused = 0
         """Connections and requests that were refused here, since the start."""
         self._no_http = asyncio.Event()
@@ -88,6 +92,8 @@ class Door:
     def enter(self, ip: str) -> bytes | None:
         """Count a connection; the answer for one that may not stay, empty for one to be cut off at once."""
         self._open += 1
+        if self._open > self.open_peak:
+            self.open_peak = self._open
         count = self._per_ip[ip] = self._per_ip.get(ip, 0) + 1
         limits = self.limits
         if self._open > limits.connections_max:
@@ -124,6 +130,11 @@ class Door:
         """An HTTP connection is there."""
         self.http.add(connection)
         self._no_http.clear()
+
+    def became_socket(self, connection: WebSocketProtocol) -> None:
+        """A connection is a WebSocket from now on."""
+        self.sockets.add(connection)
+        self.sockets_peak = max(self.sockets_peak, len(self.sockets))
 
     def gone(self, connection: HttpProtocol) -> None:
         """It is closed, or a WebSocket now."""
@@ -403,7 +414,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """It was an HTTP connection until now, and is counted."""
         super().connection_made(transport)
-        self._door.sockets.add(self)
+        self._door.became_socket(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Count it off."""

@@ -113,9 +113,30 @@ class Serving:
         ]
         edge = Edge(routes, settings, guards=guards, metrics=metrics, clock=clock, tracing=self._tracing)
         self.listener = Listener(edge, door, settings, clock, host=host, port=port)
+        self._door = door
+        context.introspection.sources.extend([self._figures, context.live.figures])
+        metrics.gauge(
+            "kalamdb_live", "Live queries: subscriptions and what they do", context.live.figures, label="figure"
+        )
         metrics.gauge("kalamdb_connections", "Open connections", lambda: door.open)
         metrics.gauge("kalamdb_connections_refused", "Connections and requests over a limit", lambda: door.refused)
-        metrics.gauge("kalamdb_sockets", "Open WebSockets", lambda: len(self.sockets))
+        metrics.gauge("kalamdb_sockets", "Open WebSockets", lambda: len(door.sockets))
+
+    def _figures(self) -> Mapping[str, object]:
+        """What system.stats says of a server."""
+        door, settings = self._door, self._settings
+        return {
+            "active_connections": door.open,
+            "active_connections_peak": door.open_peak,
+            "websocket_sessions": len(door.sockets),
+            "websocket_sessions_peak": door.sockets_peak,
+            "server_workers_configured": 1,
+            "server_workers_effective": 1,
+            "max_connections": settings["performance.max_connections"],
+            "max_connections_configured": settings["performance.max_connections"],
+            "connection_backlog": settings["performance.backlog"],
+            "cluster_api_addr": self.listener.url,
+        }
 
     async def run(self, signals: StopSignals, *, ready: str) -> None:
         """Serve until a signal, then stop in order. `ready` is printed with the address when requests may come."""
@@ -125,6 +146,7 @@ class Serving:
         except BaseException:
             await asyncio.to_thread(self._database.close)
             raise
+        await asyncio.to_thread(self._database.context.sampler.start)
         self.condition.phase = Phase.SERVING
         print(f"{ready} on {self.listener.url}", flush=True)
         await signals.stop.wait()
