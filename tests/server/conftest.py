@@ -99,8 +99,7 @@ def free_port() -> int:
         return port
 
 
-def launch(data_dir: Path, log: Path, environment: dict[str, str], config: Path | None) -> Served:
-    """Start a server; it may not be ready when this returns."""
+def _launch(data_dir: Path, log: Path, environment: dict[str, str], config: Path | None) -> Served:
     port = free_port()
     command = [sys.executable, "-c", "from kalamdb.cli import app; app()", "serve"]
     command += ["--data-dir", str(data_dir), "--port", str(port)]
@@ -113,8 +112,7 @@ def launch(data_dir: Path, log: Path, environment: dict[str, str], config: Path 
     return Served(process, port, data_dir, log, client)
 
 
-def wait_until_healthy(served: Served) -> None:
-    """Until it answers. Raises AssertionError with its log when it does not."""
+def _wait_until_healthy(served: Served) -> None:
     deadline_s = time.monotonic() + START_TIMEOUT_S
     while True:
         try:
@@ -145,9 +143,9 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
             config.write_text(settings)
         wanted = {**ENVIRONMENT, **(environment or {})}
         given = {name: value for name, value in wanted.items() if value is not None}
-        served = launch(tmp_path / data, tmp_path / f"{data}.log", given, config)
+        served = _launch(tmp_path / data, tmp_path / f"{data}.log", given, config)
         started.append(served)
-        wait_until_healthy(served)
+        _wait_until_healthy(served)
         return served
 
     yield start

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import socket
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -14,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from kalamdb.version import VERSION
 
-from .conftest import ENVIRONMENT, Serve, Served, launch, wait_until_healthy
+from .conftest import Serve, Served
 
 CORS = """
 [security.cors]
@@ -22,16 +21,6 @@ allowed_origins = ["https://app.example.com"]
 expose_headers = ["X-Request-Id"]
 allow_private_network = true
 """
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """One server for tests that change nothing."""
-    folder = tmp_path_factory.mktemp("shared")
-    served = launch(folder / "data", folder / "log", ENVIRONMENT, None)
-    wait_until_healthy(served)
-    yield served
-    served.stop()
 
 
 def test_health_says_what_clients_of_the_original_read(shared: Served) -> None:

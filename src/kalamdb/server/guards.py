@@ -244,8 +244,6 @@ class Guards:
         )
         self.protects = settings["rate_limit.enable_connection_protection"]
         """Whether addresses have limits."""
-        self.queries = Rate(settings["rate_limit.max_queries_per_sec"], clock, **entries)
-        """SQL requests by user."""
         self.auth = Rate(settings["rate_limit.max_auth_requests_per_ip_per_sec"], clock, **entries)
         """Requests for log-in, by address."""
         self.requests = Rate(settings["rate_limit.max_requests_per_ip_per_sec"], clock, **entries)
