@@ -9,6 +9,7 @@ from bench.harness import console, machine, show
 from bench.queue import claims, queue
 from bench.rows import inserts
 from bench.scans import compare
+from bench.sharing import sharing
 
 
 def main(quick: bool) -> int:
@@ -36,6 +37,11 @@ def main(quick: bool) -> int:
         ),
     )  # fmt: skip
     goals &= show("Jobs beside those that have ended", claims(5_000 if quick else 1_000_000))
+    rounds = 500 if quick else 5_000
+    goals &= show(
+        "Calls of an attached process; peer: the same call in the process that holds the directory",
+        chain(sharing("os", rounds=rounds), sharing("commit", rounds=rounds)),
+    )
     return 0 if goals else 1
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from kalamdb.app_context import AppContext
 from kalamdb.config import Settings
 from kalamdb.database import Database
 from kalamdb.errors import DirectoryLocked, InvalidRequest
-from kalamdb.sharing import SharedDatabase
+from kalamdb.sharing import HoldingDatabase, SharedDatabase
 from kalamdb.storage.directory import may_answer
 from kalamdb.tables.codec import is_unicode, shown
 
@@ -41,6 +42,15 @@ def connect(path: str | os.PathLike[str], **settings: Any) -> Database:
     return SharedDatabase(Path(path), loaded)
 
 
+def hold(path: str | os.PathLike[str], settings: Mapping[str, Any]) -> Database:
+    """Open the database in directory `path` for others to attach to, and never attach: what `kalamdb serve` does.
+
+    Raises what `connect` raises, DirectoryLocked at once.
+    """
+    _check_path("path", path)
+    return HoldingDatabase(Path(path).absolute(), Settings.load({**settings, "share": True}))
+
+
 def _in_memory(settings: Settings) -> Database:
     if settings["share"]:
         raise InvalidRequest("a database in memory cannot be shared; give the path of a directory, or share=False")
@@ -58,4 +68,4 @@ def _check_path(what: str, given: object) -> None:
         raise InvalidRequest(f"{what} {shown(given)} is not the path of a file or directory")
 
 
-__all__ = ["connect"]
+__all__ = ["connect", "hold"]

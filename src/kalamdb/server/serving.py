@@ -17,8 +17,7 @@ import uvloop
 
 from kalamdb.config import Settings
 from kalamdb.database import Database
-from kalamdb.errors import DirectoryLocked
-from kalamdb.opening import connect
+from kalamdb.opening import hold
 from kalamdb.server.app import absent_routes
 from kalamdb.server.auth import open_auth
 from kalamdb.server.edge import Edge, peer_of
@@ -192,21 +191,12 @@ def serve(path: Path, settings: Settings, *, host: str, port: int) -> int:
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     for ignored in settings.ignored:
         _log.warning("setting without a meaning here: %s", ignored)
-    database = _opened(path, settings)
+    database = hold(path, settings)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         serving = _made(database, settings, host=host, port=port)
         runner.run(serving.run(signals, ready=f"KalamDB {VERSION} serves {path}"))
         signals.ignore()
     return 0
-
-
-def _opened(path: Path, settings: Settings) -> Database:
-    """The database, held by this process and open to others that attach."""
-    database = connect(path, **{**settings, "share": True})
-    if not database.is_holder:
-        database.close()
-        raise DirectoryLocked(f"'{path}' is held by another process that shares it; stop that one to serve it here")
-    return database
 
 
 def _made(database: Database, settings: Settings, *, host: str, port: int) -> Serving:

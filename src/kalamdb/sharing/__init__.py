@@ -1,6 +1,6 @@
 """One data directory for several processes: one holds it, the others attach to it through a Unix socket."""
 
 from kalamdb.sharing.database import SharedDatabase
-from kalamdb.sharing.listener import Listener
+from kalamdb.sharing.holding import HoldingDatabase
 
-__all__ = ["Listener", "SharedDatabase"]
+__all__ = ["HoldingDatabase", "SharedDatabase"]

@@ -21,16 +21,18 @@ from kalamdb.backup import job_path
 from kalamdb.clock import SystemClock
 from kalamdb.config import Settings
 from kalamdb.database import CheckReport, Database, Params, Transaction, check_params
-from kalamdb.errors import Closed, DirectoryLocked, InvalidRequest, Unavailable
+from kalamdb.errors import DirectoryLocked, InvalidRequest, Unavailable
 from kalamdb.jobs import Job, UnifiedJobManager
 from kalamdb.jobs.manager import JobRequest
 from kalamdb.jobs.model import stored_json
+from kalamdb.live import Change, Subscription
+from kalamdb.live.subscription import BATCH_ROWS
 from kalamdb.result import Result
 from kalamdb.service import GiveUp
 from kalamdb.sharing.calls import CALLS, JOB_CALLS, Conversation
 from kalamdb.sharing.channel import FRAME_BYTES_MAX
+from kalamdb.sharing.holding import HoldingDatabase
 from kalamdb.sharing.link import Gone, Line, Link
-from kalamdb.sharing.listener import Listener
 from kalamdb.sharing.values import table_of
 from kalamdb.sql.ingest import data_of
 from kalamdb.storage.directory import lock_holder, may_answer
@@ -58,10 +60,9 @@ class SharedDatabase(Database):
         self._turn = threading.Lock()
         """Held by the thread that finds out who holds the directory."""
         self._never = threading.Event()
-        self._held: Database | None = None
-        self._listener: Listener | None = None
+        self._held: HoldingDatabase | None = None
         self._link: Link | None = None
-        self._database_uid = ""
+        self._database_uid: str | None = None
         self._histories = cast(JobStore, _Histories(self))
         self._jobs = AttachedJobs(self)
         self._target()
@@ -75,8 +76,8 @@ class SharedDatabase(Database):
     @property
     def connections(self) -> int:
         """How many connections of attached processes this one serves; none while it does not hold the directory."""
-        listener = self._listener
-        return 0 if listener is None else listener.connections
+        held = self._held
+        return 0 if held is None else held.connections
 
     @property
     def context(self) -> AppContext:
@@ -147,18 +148,8 @@ class SharedDatabase(Database):
         )
 
     def _hold(self) -> Database:
-        held = Database(AppContext(self._path, self._settings))
-        try:
-            directory = held.context.directory
-            assert directory is not None
-            if self._database_uid not in ("", directory.database_uid):
-                raise Closed(f"'{self._path}' holds another database now: it was restored or made anew; connect again")
-            self._listener = Listener(held, self._path, database_uid=directory.database_uid)
-        except BaseException:
-            held.close()
-            raise
-        self._database_uid = directory.database_uid
-        self._held = held
+        held = HoldingDatabase(self._path, self._settings, database_uid=self._database_uid)
+        self._held, self._database_uid = held, held.database_uid
         return held
 
     def _forget(self, link: Link) -> None:
@@ -175,9 +166,7 @@ class SharedDatabase(Database):
         if os.getpid() != self._pid:
             return
         with self._turn:
-            held, listener, link = self._held, self._listener, self._link
-        if listener is not None:
-            listener.close()
+            held, link = self._held, self._link
         if link is not None:
             link.close()
         if held is not None:
@@ -279,6 +268,20 @@ class SharedDatabase(Database):
             "user": user, "user_column": user_column, "on_conflict": on_conflict, "role": role, "namespace": namespace,
         }  # fmt: skip
         return int(self.ask("insert", table, data_of(data), options))
+
+    def subscribe(
+        self, sql: str, params: Params = None, *, user: str | None = None, role: str | Role | None = None,
+        namespace: str | None = None, callback: Callable[[Change], Any] | None = None, from_seq: int | None = None,
+        last_rows: int | None = None, snapshot: bool = False, batch_size: int = BATCH_ROWS,
+    ) -> Subscription:  # fmt: skip
+        """See Database.subscribe. Raises InvalidRequest in a process that is attached."""
+        held = self.held()
+        if held is None:
+            raise self.refusal("subscriptions are made")
+        return held.subscribe(
+            sql, params, user=user, role=role, namespace=namespace, callback=callback, from_seq=from_seq,
+            last_rows=last_rows, snapshot=snapshot, batch_size=batch_size,
+        )  # fmt: skip
 
     @contextmanager
     def _shared_transaction(self, user: str | None, bound: Mapping[str, Any]) -> Iterator[Transaction]:

@@ -140,7 +140,7 @@ class Line:
 class Link:
     """All connections of one attached process."""
 
-    def __init__(self, directory: Path, view: View, database_uid: str = "") -> None:
+    def __init__(self, directory: Path, view: View, database_uid: str | None = None) -> None:
         self._directory = directory
         self._view = view
         self._lock = threading.Lock()
@@ -223,7 +223,7 @@ class Link:
             hello = msgspec.msgpack.decode(body, type=Hello)
         except msgspec.DecodeError as exc:
             raise Corrupt(f"what answers at the socket of '{self._directory}' is no KalamDB: {exc}") from exc
-        if self.database_uid not in ("", hello.database_uid):
+        if self.database_uid not in (None, hello.database_uid):
             raise Closed(f"'{self._directory}' holds another database now: it was restored or made anew; connect again")
         self.database_uid = hello.database_uid
         return hello
