@@ -98,7 +98,6 @@ def test_bodies_that_are_not_understood_are_refused_by_name(app: Served) -> None
     assert error(app.sql("SELECT 1", namespace_id="no-name")) == (400, "INVALID_INPUT")
     long = app.sql(f"SELECT '{'x' * (1 << 20)}'")
     assert error(long) == (400, "INVALID_SQL") and "too long" in long.json()["error"]["message"]
-    assert post(b"x" * (10 * (1 << 20) + 1)) == (413, "INVALID_INPUT")
     assert error(app.client.post("/v1/api/sql", json={"sql": "SELECT 1"})) == (401, "MISSING_AUTHORIZATION")
     assert app.client.get("/v1/api/sql", headers=headers).status_code == 405
 

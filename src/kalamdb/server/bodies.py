@@ -34,7 +34,6 @@ class SqlBody(msgspec.Struct):
 class BodyLimits(msgspec.Struct, frozen=True):
     """Bounds of a request."""
 
-    body_bytes_max: int
     parameters_max: int
     parameter_bytes_max: int
 

@@ -132,7 +132,6 @@ class SqlRoute:
             entries_max=settings["rate_limit.cache_max_entries"], ttl_s=settings["rate_limit.cache_ttl_seconds"],
         )  # fmt: skip
         self._limits = BodyLimits(
-            settings["security.max_request_body_size"],
             settings["execution.max_parameters"],
             settings["execution.max_parameter_size_bytes"],
         )
@@ -179,7 +178,7 @@ class SqlRoute:
             authorization = headers.get(b"authorization")
             identity = self._authenticator.bearer(None if authorization is None else authorization.decode("latin-1"))
             self._check_rate(identity, scope)
-            raw = await self._receive_all(headers, receive)
+            raw = await _receive_all(receive)
             content_type = headers.get(b"content-type", b"").decode("latin-1")
             call = self._call(identity, read_body(raw, content_type, self._limits), began_s)
             await self._run(call, receive, send)
@@ -211,27 +210,6 @@ class SqlRoute:
             deadline=query.overdue, cancelled=query.cancelled, served=self._served,
         )  # fmt: skip
         return Call(identity, body, began_s, query, caller)
-
-    async def _receive_all(self, headers: dict[bytes, bytes], receive: Receive) -> bytes:
-        limit = self._limits.body_bytes_max
-        stated = headers.get(b"content-length", b"0")
-        pieces: list[bytes] = []
-        size = int(stated) if stated.isdigit() else 0
-        if size <= limit:
-            size, more = 0, True
-            while more:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    raise ClientGone
-                pieces.append(message.get("body", b""))
-                size += len(pieces[-1])
-                more = message.get("more_body", False) and size <= limit
-        if size > limit:
-            raise BadBody(
-                f"the body takes {size} bytes or more, at most {limit} are allowed (security.max_request_body_size)",
-                status=413,
-            )
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     async def _run(self, call: Call, receive: Receive, send: Send) -> None:
         if self._prepare_here(call):
@@ -454,6 +432,18 @@ def _pieces(columns: tuple[OutputColumn, ...], batch: pa.RecordBatch) -> Sequenc
 
 def _state_of(answer: Answer) -> QueryState:
     return QueryState.FINISHED if answer.status < 400 else QueryState.FAILED
+
+
+async def _receive_all(receive: Receive) -> bytes:
+    """The body; its size is bounded by the connection."""
+    pieces: list[bytes] = []
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        pieces.append(message.get("body", b""))
+        if not message.get("more_body", False):
+            return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
 async def _watch(receive: Receive, query: RunningQuery) -> None:
