@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from itertools import chain
 
+from bench import http
 from bench.harness import console, machine, show
 from bench.queue import claims, queue
 from bench.rows import inserts
@@ -42,6 +43,7 @@ def main(quick: bool) -> int:
         "Calls of an attached process; peer: the same call in the process that holds the directory",
         chain(sharing("os", rounds=rounds), sharing("commit", rounds=rounds)),
     )
+    goals &= http.main(quick)
     return 0 if goals else 1
 
 

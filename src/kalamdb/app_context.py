@@ -445,6 +445,7 @@ class AppContext:
             if self.directory is not None:
                 stack.callback(self.directory.close)
             stack.callback(self.backend.close)
+            stack.callback(self._engine.children.close)
             if self._job_manager.log is not None:
                 stack.callback(self._job_manager.log.stop)
             stack.callback(self._remover.stop)

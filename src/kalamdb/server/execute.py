@@ -461,7 +461,7 @@ async def _first(pipe: Pipe, ended: asyncio.Future[None], query: RunningQuery) -
     await asyncio.wait([getting, ended], return_when=asyncio.FIRST_COMPLETED)
     if getting.done():
         piece: Piece = getting.result()
-        return piece
+        return End(query.error()) if isinstance(piece, End) and piece.error and query.cancelled() else piece
     getting.cancel()
     return End(query.error())
 

@@ -56,6 +56,8 @@ def analyse_select(text: str, tokens: Sequence[Token], *, explain: bool = False,
         main=_main_table(tree),
         star=isinstance(tree, exp.Select) and any(isinstance(item, exp.Star) for item in tree.selects),
         tail=_tail(tokens, named),
+        sources=sum(1 for _ in tree.find_all(exp.Table)),
+        endless=any(token.upper in ("RECURSIVE", "GENERATE_SERIES", "RANGE", "UNNEST") for token in tokens),
     )
 
 

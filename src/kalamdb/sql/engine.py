@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -22,6 +23,7 @@ from kalamdb.result import OutputColumn
 from kalamdb.service import may_block
 from kalamdb.sql.frames import Frames, Visible, empty_batch
 from kalamdb.sql.functions import Generators, register_functions
+from kalamdb.sql.isolated import Children, Task
 from kalamdb.sql.projection import quote
 from kalamdb.tables.scan import FilePart, ScanPlan
 
@@ -63,6 +65,8 @@ class TableSource:
     with_key: bool = False
     include_deleted: bool = False
     """Tombstones are visible, with `_deleted` true."""
+    rows: int = 0
+    """About how many it has."""
 
 
 class QueryFailed(InvalidRequest):
@@ -156,6 +160,8 @@ class Engine:
         self.limits = limits
         self._generators = generators
         self._runtime = RuntimeEnvBuilder().with_disk_manager_os().with_fair_spill_pool(limits.memory_bytes_max)
+        self.children = Children()
+        """Processes of isolated queries."""
         self._lock = threading.Lock()
         self._idle: list[tuple[_ContextKind, SessionContext]] = []
         """The one used last first."""
@@ -169,15 +175,22 @@ class Engine:
         default_schema: str = "default",
         views: Mapping[tuple[str, str], str] | None = None,
         shape: Shape | None = None,
+        isolate: bool = False,
         deadline: Callable[[], bool] = lambda: False,
         cancelled: Cancelled = lambda: False,
     ) -> QueryRun:
         """Plan and start a query over `sources` and nothing else.
 
-        `deadline` and `cancelled` are asked between batches. Raises InvalidRequest for what the engine
+        `deadline` and `cancelled` are asked between batches; with `isolate` the query runs in a process of its own
+        and they are asked all the time. Raises InvalidRequest for what the engine
         refuses, LimitExceeded when memory does not suffice.
         """
         may_block()
+        if isolate:
+            arguments = {
+                "sql": sql, "sources": sources, "default_schema": default_schema, "views": views, "shape": shape
+            }  # fmt: skip
+            return QueryRun(*self.children.run(Task(self.limits, arguments), partial(_ended, deadline, cancelled)))
         request = _Request(sql, sources, views or {}, shape)
         kind = _ContextKind(default_schema, statistics=_may_use_statistics(sources))
         while True:
@@ -300,14 +313,21 @@ def _result_field(field: pa.Field) -> pa.Field:
     return pa.field(field.name, kind, True, field.metadata)
 
 
+def _ended(deadline: Callable[[], bool], cancelled: Cancelled) -> KalamDbError | None:
+    if cancelled():
+        return Closed("the query was cancelled")
+    if deadline():
+        return Timeout("the statement took longer than its deadline; narrow it or raise timeout_s")
+    return None
+
+
 def _batches(
     stream: Any, schema: pa.Schema, deadline: Callable[[], bool], cancelled: Cancelled
 ) -> Iterator[pa.RecordBatch]:
     while True:
-        if cancelled():
-            raise Closed("the query was cancelled")
-        if deadline():
-            raise Timeout("the statement took longer than its deadline; narrow it or raise timeout_s")
+        error = _ended(deadline, cancelled)
+        if error is not None:
+            raise error
         try:
             batch = next(stream, None)
         except Exception as exc:  # noqa: BLE001 - DataFusion raises bare Exception

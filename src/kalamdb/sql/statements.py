@@ -266,8 +266,10 @@ class Select(Statement):
     star: bool = False
     """`*` stands in the outermost list."""
     tail: Tail = Tail()
-    heaviness: int = 0
-    """How many sources its joins and sub-queries multiply; ENDLESS when it may never end by itself."""
+    sources: int = 1
+    """How many tables and functions in FROM and JOIN it names, sub-queries included: what they may multiply."""
+    endless: bool = False
+    """Whether it makes rows of its own: a recursive query, a series."""
 
 
 # Showing
