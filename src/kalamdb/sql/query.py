@@ -526,7 +526,7 @@ def _may_never_end(statement: st.Select, reads: _Reads, query: Query) -> bool:
 
 
 def _source_rows(source: TableSource) -> int:
-    return int(source.plan.num_rows) if isinstance(source.plan, pa.Table) else source.rows
+    return int(source.plan.num_rows if isinstance(source.plan, pa.Table) else source.rows)
 
 
 def _rows_in(view: TableView) -> int:
