@@ -531,7 +531,7 @@ def _source_rows(source: TableSource) -> int:
 
 def _rows_in(view: TableView) -> int:
     cold = sum(segment.record.rows for segment in view.state.segments)
-    return cold + sum(chunk.batch.num_rows for chunk in view.chunks)
+    return cold + sum(int(chunk.batch.num_rows) for chunk in view.chunks)
 
 
 def _rows(caller: Caller, stated: st.Expr, word: str) -> int | None:
