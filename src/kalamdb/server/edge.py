@@ -15,13 +15,13 @@ import msgspec
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
-from starlette.routing import BaseRoute, Router
+from starlette.routing import BaseRoute, Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kalamdb.clock import Clock
 from kalamdb.errors import KalamDbError
 from kalamdb.server.guards import Guards, Peer
-from kalamdb.server.logs import REQUEST_ID
+from kalamdb.server.logs import REQUEST_ID, AccessLog
 from kalamdb.server.metrics import Metrics
 from kalamdb.server.telemetry import Tracing
 
@@ -37,7 +37,6 @@ _STANDING_HEADERS = (
 """Of each answer whose route has not set its own. `nosniff` is added to every answer by the connection."""
 _TLS_HEADER = (b"strict-transport-security", b"max-age=31536000")
 _log = logging.getLogger("kalamdb.server")
-_access = logging.getLogger("kalamdb.access")
 
 
 def peer_of(scope: Scope) -> Peer:
@@ -90,15 +89,23 @@ class Edge:
         guards: Guards,
         metrics: Metrics,
         clock: Clock,
+        access_log: AccessLog | None = None,
         tracing: Tracing | None = None,
     ) -> None:
         self._router = Router(routes, redirect_slashes=False, default=_not_found)
+        self._by_place = {
+            (method, route.path): route
+            for route in routes
+            if isinstance(route, Route) and not route.param_convertors
+            for method in route.methods or ()
+        }
+        """Routes without parameters by method and path: found without asking each of them."""
         self._app = with_cors(self._routed, settings)
         self._guards = guards
         self._metrics = metrics
         self._clock = clock
         self._tracing = tracing
-        self._logs_access = settings["logging.access_log"]
+        self._access_log = access_log
         self._headers = _STANDING_HEADERS + ((_TLS_HEADER,) if settings["server.tls_cert_file"] else ())
         self._id_prefix = clock.random_bytes(6).hex()
         self._count = 0
@@ -161,16 +168,19 @@ class Edge:
         self._metrics.observe(scope["method"], route, status, took_s)
         if self._tracing is not None:
             self._tracing.request(scope, route, status, took_s)
-        if self._logs_access and _access.isEnabledFor(logging.INFO):
-            _access.info(
-                '%s "%s %s" %d %.3f ms', scope["state"]["peer"].ip, scope["method"],
-                scope["raw_path"].decode("latin-1"), status, took_s * 1000,
-            )  # fmt: skip
+        if self._access_log is not None:
+            ip, raw_path = scope["state"]["peer"].ip, scope["raw_path"]
+            self._access_log.add(ip, scope["method"], raw_path, status, took_s, scope["state"]["request_id"])
 
     async def _routed(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Errors are turned into answers here, below CORS, so that pages of other origins can read them."""
         try:
-            await self._router(scope, receive, send)
+            route = self._by_place.get((scope["method"], scope["path"]))
+            if route is None:
+                await self._router(scope, receive, send)
+            else:
+                scope["route"], scope["endpoint"], scope["path_params"] = route, route.endpoint, {}
+                await route.app(scope, receive, send)
         except HTTPException as exc:
             await _refuse(
                 scope, send, exc.status_code, _CODES.get(exc.status_code, "ERROR"), exc.detail, None, exc.headers

@@ -78,7 +78,7 @@ class Peers:
         self._health = tuple(health)
         self._hosts = frozenset(name.lower() for name in (*_LOCAL_NAMES, *hosts))
         self._origin = lru_cache(_CACHED_MAX)(self._find_origin)
-        self._is_our_host = lru_cache(256)(self._has_our_name)
+        self._direct = lru_cache(_CACHED_MAX)(self._find_direct)
 
     def is_exempt(self, ip: str) -> bool:
         """Whether connections from there have no limit of their own: this machine, and trusted proxies."""
@@ -87,10 +87,9 @@ class Peers:
 
     def of(self, ip: str, headers: Mapping[bytes, bytes]) -> Peer:
         """The sender of a request that came from `ip`. `headers` by lower-case name."""
+        if _FORWARDING.isdisjoint(headers) and _FORWARDING_PREFIX not in b"\n".join(headers):
+            return self._direct(ip, headers.get(b"host", b""))
         origin = self._origin(ip)
-        forwarded = any(name in _FORWARDING or name.startswith(_FORWARDING_PREFIX) for name in headers)
-        if not forwarded:
-            return Peer(ip, origin.is_loopback and self._is_our_host(headers.get(b"host", b"")), True)
         if not origin.is_trusted:
             return Peer(ip, False, False)
         client = self._forwarded_for(headers.get(b"x-forwarded-for", b"").decode("latin-1"))
@@ -119,6 +118,9 @@ class Peers:
         if address is None:
             return _Origin(None, False, False)
         return _Origin(address, address.is_loopback, _within(address, self._trusted))
+
+    def _find_direct(self, ip: str, host: bytes) -> Peer:
+        return Peer(ip, self._origin(ip).is_loopback and self._has_our_name(host), True)
 
     def _has_our_name(self, host: bytes) -> bool:
         name = _without_port(host.decode("latin-1").strip().lower())

@@ -25,7 +25,7 @@ from kalamdb.server.execute import SqlRoute
 from kalamdb.server.guards import Guards
 from kalamdb.server.health import Condition, HealthRoutes, Phase
 from kalamdb.server.listener import Listener, connection_limits, first_of
-from kalamdb.server.logs import configure_logging
+from kalamdb.server.logs import AccessLog, configure_logging
 from kalamdb.server.metrics import Metrics, MetricsRoute
 from kalamdb.server.protocol import Door
 from kalamdb.server.sockets import Sockets
@@ -111,7 +111,19 @@ class Serving:
             *MetricsRoute(metrics, guards, lambda header: self._auth.authenticator.bearer(header).role).routes(),
             *absent_routes(),
         ]
-        edge = Edge(routes, settings, guards=guards, metrics=metrics, clock=clock, tracing=self._tracing)
+        self._access_log = None
+        if settings["logging.access_log"]:
+            self._access_log = AccessLog(clock, is_json=settings["logging.format"] == "json")
+            self._access_log.start()
+        edge = Edge(
+            routes,
+            settings,
+            guards=guards,
+            metrics=metrics,
+            clock=clock,
+            access_log=self._access_log,
+            tracing=self._tracing,
+        )
         self.listener = Listener(edge, door, settings, clock, host=host, port=port)
         self._door = door
         context.introspection.sources.extend([self._figures, context.live.figures])
@@ -175,6 +187,8 @@ class Serving:
         self._sql.close()
         self._auth.close()
         self._database.close()
+        if self._access_log is not None:
+            self._access_log.stop()
         if self._tracing is not None:
             self._tracing.stop()
 
