@@ -94,7 +94,7 @@ def test_figures_count_requests_by_route_and_status_and_read_the_store(shared: S
     assert {"new", "queued", "running", "completed", "failed"} <= states
     for name in (
         "kalamdb_hot_rows", "kalamdb_segments", "kalamdb_flushed_bytes", "kalamdb_commits", "kalamdb_job_seconds",
-        "kalamdb_job_wait_seconds", "kalamdb_connections", "process_resident_memory_bytes",
+        "kalamdb_job_wait_seconds", "kalamdb_queries", "kalamdb_connections", "process_resident_memory_bytes",
     ):  # fmt: skip
         assert name in families, name
 

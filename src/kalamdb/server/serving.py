@@ -130,6 +130,7 @@ class Serving:
         metrics.gauge(
             "kalamdb_live", "Live queries: subscriptions and what they do", context.live.figures, label="figure"
         )
+        metrics.gauge("kalamdb_queries", "Statements that wait or run", context.queries.counts, label="state")
         metrics.gauge("kalamdb_connections", "Open connections", lambda: door.open)
         metrics.gauge("kalamdb_connections_refused", "Connections and requests over a limit", lambda: door.refused)
         metrics.gauge("kalamdb_sockets", "Open WebSockets", lambda: len(door.sockets))

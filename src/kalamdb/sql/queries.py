@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from enum import StrEnum
 from typing import Any
@@ -142,6 +142,12 @@ class RunningQueries:
             running = list(self._running.values())
         for query in running:
             query.cancel(cause)
+
+    def counts(self) -> dict[str, int]:
+        """How many wait for a thread, and how many run."""
+        with self._lock:
+            states = Counter(query.state for query in self._running.values())
+        return {state.value: states[state] for state in (QueryState.QUEUED, QueryState.RUNNING)}
 
     def rows(self) -> Iterator[tuple[Any, ...]]:
         """For system.queries: those that run, then the slow ones, the newest first."""
