@@ -38,6 +38,8 @@ class RowsFirst:
     stored: list[tuple[Any, ...]]
     load: Callable[[], list[tuple[Any, ...]]]
     build: Callable[[], pyarrow.Table]
+    schema: Callable[[], pyarrow.Schema]
+    """Of that Arrow, without making it."""
 
 
 class Result:
@@ -57,7 +59,6 @@ class Result:
         known: Mapping[str, OutputColumn] | None = None,
     ) -> None:
         ready = table if isinstance(table, RowsFirst) else None
-        self._build = ready.build if ready is not None else None
         self._table: pyarrow.Table | None = None if isinstance(table, RowsFirst) else table
         self._rows: list[tuple[Any, ...]] | None = None
         self.ready = ready
@@ -128,11 +129,11 @@ class Result:
     def arrow(self) -> pyarrow.Table:
         """The rows as an Arrow table; empty for a statement without rows."""
         if self._table is None:
-            if self._build is None:
+            if self.ready is None:
                 import pyarrow as pa
 
                 return pa.table({})
-            self._table = self._build()
+            self._table = self.ready.build()
         return self._table
 
     def to_pandas(self) -> pandas.DataFrame:

@@ -46,6 +46,11 @@ def test_every_type_arrives_as_it_left(opened: Any) -> None:
     assert list(map(type, by_key.rows[0])) == list(map(type, ROW))
     assert by_engine.rows == [ROW, (2, *[None] * 13)]
     assert by_engine.arrow().slice(0, 1).equals(by_key.arrow())
+    plain = "id, b, l, f, t, x, d, day, clock, at, moment, u, e"
+    for number in (1, 2, 9):
+        found = opened.execute(f"SELECT {plain} FROM every WHERE id = $1", [number])
+        assert found.rows == [row for row in ((*ROW[:12], ROW[13]), (2, *[None] * 12)) if row[0] == number]
+        assert found.arrow().equals(opened.execute(f"SELECT {plain} FROM every WHERE id + 0 = $1", [number]).arrow())
     assert opened.insert("every", [(3, *ROW[1:])]) == 1
     assert opened.insert("every", [dict(zip(by_key.columns, (4, *ROW[1:]), strict=True))]) == 1
     assert [row[1:] for row in opened.execute("SELECT * FROM every WHERE id > 2 ORDER BY id").rows] == [ROW[1:]] * 2

@@ -14,6 +14,8 @@ import kalamdb
 from kalamdb.sharing import SharedDatabase
 from tests.sharing.conftest import HOLDER, QUIET, Child, Spawn
 
+pytestmark = pytest.mark.timeout(180)
+"""Processes that start together on a busy machine take their time."""
 WORKERS = 4
 TABLE = "CREATE SHARED TABLE IF NOT EXISTS t (id INT PRIMARY KEY, worker INT)"
 WORKER = f"""

@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 from enum import IntEnum
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -22,7 +23,8 @@ from kalamdb.errors import (
     LimitExceeded,
 )
 from kalamdb.jobs import Job
-from kalamdb.result import Result
+from kalamdb.result import OutputColumn, Result, RowsFirst
+from kalamdb.schema import TypeName
 from kalamdb.sharing.channel import FRAME_BYTES_MAX
 from kalamdb.sql.ingest import LooseColumns
 from kalamdb.storage.jobs import JobRow
@@ -44,6 +46,7 @@ class _Code(IntEnum):
 
 
 _AS_THEY_ARE = frozenset({str, float, bool, bytes, type(None)})
+_TEXT_KEPT = frozenset({TypeName.JSON, TypeName.FILE})
 _INT_MIN, _INT_MAX = -(1 << 63), (1 << 64) - 1
 
 
@@ -71,6 +74,11 @@ class ResultForm(msgspec.Struct, array_like=True, frozen=True):
     row_count: int
     message: str | None
     before: list[ResultForm] = []
+    outputs: tuple[OutputColumn, ...] = ()
+    rows: list[tuple[Any, ...]] = []
+    schema: bytes = b""
+    """With `outputs` and `rows` the Arrow schema of rows that travel as values: one row is cheaper so."""
+    as_user: str | None = None
 
 
 class ErrorForm(msgspec.Struct, array_like=True, frozen=True):
@@ -178,7 +186,7 @@ _anything = msgspec.msgpack.Decoder(ext_hook=_from_extension)
 _encoder = msgspec.msgpack.Encoder()
 _requests = msgspec.msgpack.Decoder(Request, ext_hook=_from_extension)
 _failures = msgspec.msgpack.Decoder(ErrorForm)
-_results = msgspec.msgpack.Decoder(ResultForm)
+_results = msgspec.msgpack.Decoder(ResultForm, ext_hook=_from_extension)
 
 
 def encode(value: Any) -> bytes:
@@ -237,8 +245,13 @@ def result_form(result: Result) -> ResultForm:
 
 
 def _one_form(result: Result, before: list[ResultForm]) -> ResultForm:
+    ready = result.ready
+    # The text of JSON is to arrive as it is stored.
+    if ready is not None and not any(one.kind.name in _TEXT_KEPT for one in ready.outputs):
+        schema = ready.schema().serialize().to_pybytes()
+        return ResultForm(None, result.row_count, result.message, before, ready.outputs, portable(result.rows), schema)
     table = table_bytes(result.arrow()) if result.columns else None
-    return ResultForm(table, result.row_count, result.message, before)
+    return ResultForm(table, result.row_count, result.message, before, as_user=result.as_user)
 
 
 def result_of(body: memoryview) -> Result:
@@ -251,8 +264,31 @@ def result_of(body: memoryview) -> Result:
 
 
 def _one_result(form: ResultForm) -> Result:
-    table = None if form.table is None else table_of(form.table)
-    return Result(table, row_count=form.row_count, message=form.message)
+    table: pa.Table | RowsFirst | None = None
+    if form.schema:
+        rows = form.rows
+        table = RowsFirst(
+            form.outputs, rows, lambda: rows, partial(_built, form.schema, rows), partial(_schema, form.schema)
+        )
+    elif form.table is not None:
+        table = table_of(form.table)
+    result = Result(table, row_count=form.row_count, message=form.message)
+    result.as_user = form.as_user
+    return result
+
+
+def _schema(data: bytes) -> pa.Schema:
+    return pa.ipc.read_schema(pa.py_buffer(data))
+
+
+def _built(schema_bytes: bytes, rows: list[tuple[Any, ...]]) -> pa.Table:
+    schema = _schema(schema_bytes)
+    columns = zip(*rows, strict=True) if rows else [()] * len(schema)
+    arrays = [
+        pa.array([str(one) if isinstance(one, uuid.UUID) else one for one in values], field.type)
+        for field, values in zip(schema, columns, strict=True)
+    ]
+    return pa.Table.from_arrays(arrays, schema=schema)
 
 
 # Errors

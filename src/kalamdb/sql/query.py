@@ -494,19 +494,23 @@ def _found(layout: Layout, projection: Sequence[tuple[str, str]], row: Row | Non
     outputs += tuple(_SYSTEM_COLUMNS.values())[: len(system)]
     stored: list[tuple[Any, ...]] = [] if row is None else [(*(row[at] for at in chosen), *system)]
 
-    def build() -> pa.Table:
+    def schema() -> pa.Schema:
         columns = scan_columns(layout)
-        arrays = [layout.codecs[at].to_arrow([] if row is None else [row[at]]) for at in chosen]
         fields = [columns[at].field.with_name(output) for at, (_, output) in zip(chosen, projection, strict=True)]
         if system:
-            arrays += [pa.array([seq] * len(stored), pa.int64()), pa.array([False] * len(stored), pa.bool_())]
             fields += [pa.field("_seq", pa.int64()), pa.field("_deleted", pa.bool_())]
-        return pa.Table.from_arrays(arrays, schema=pa.schema(fields))
+        return pa.schema(fields)
+
+    def build() -> pa.Table:
+        arrays = [layout.codecs[at].to_arrow([] if row is None else [row[at]]) for at in chosen]
+        if system:
+            arrays += [pa.array([seq] * len(stored), pa.int64()), pa.array([False] * len(stored), pa.bool_())]
+        return pa.Table.from_arrays(arrays, schema=schema())
 
     def load() -> list[tuple[Any, ...]]:
         return [] if row is None else [(*(layout.codecs[at].load(row[at]) for at in chosen), *system)]
 
-    return Result(RowsFirst(outputs, stored, load, build))
+    return Result(RowsFirst(outputs, stored, load, build, schema))
 
 
 _PAIRS_MAX = 300_000_000
