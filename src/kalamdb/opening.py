@@ -48,7 +48,16 @@ def hold(path: str | os.PathLike[str], settings: Mapping[str, Any]) -> Database:
     Raises what `connect` raises, DirectoryLocked at once.
     """
     _check_path("path", path)
-    return HoldingDatabase(Path(path).absolute(), Settings.load({**settings, "share": True}))
+    directory = Path(path).absolute()
+    try:
+        return HoldingDatabase(directory, Settings.load({**settings, "share": True}))
+    except DirectoryLocked as exc:
+        if exc.pid is None or not may_answer(directory):
+            raise
+        raise DirectoryLocked(
+            f"data directory '{path}' is held by process {exc.pid}, which shares it; stop that one to hold it here",
+            exc.pid,
+        ) from None
 
 
 def _in_memory(settings: Settings) -> Database:

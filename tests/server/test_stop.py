@@ -261,9 +261,12 @@ def test_a_server_that_cannot_start_says_why_in_a_line(tmp_path: Path) -> None:
         taken.listen()
         port = str(taken.getsockname()[1])
         assert "address already in use" in failing(["--data-dir", str(data), "--port", port])
-    for share in (False, True):
-        with kalamdb.connect(data, share=share):
-            assert f"held by process {os.getpid()}" in failing(["--data-dir", str(data), "--port", "0"])
+    with kalamdb.connect(data):
+        assert f"held by process {os.getpid()}" in failing(["--data-dir", str(data), "--port", "0"])
+    with kalamdb.connect(data, share=True):
+        assert f"held by process {os.getpid()}, which shares it; stop that one" in failing(
+            ["--data-dir", str(data), "--port", "0"]
+        )
     config = tmp_path / "server.toml"
     config.write_text("[logging.otlp]\nenabled = true\n[server]\nprot = 1\n")
     assert "did you mean 'server.port'" in failing(["--data-dir", str(data), "--config", str(config)])

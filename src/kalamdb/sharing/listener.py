@@ -96,8 +96,7 @@ class Listener:
                     connection.channel.close()
                     return
                 self._connections.add(connection)
-                is_crowded = len(self._connections) > CONNECTIONS_MAX
-            connection.start(is_crowded=is_crowded)
+                connection.start(is_crowded=len(self._connections) > CONNECTIONS_MAX)
 
     def forget(self, connection: _Connection) -> None:
         """It has ended."""
