@@ -407,7 +407,7 @@ class AppContext:
         return LiveQueries(
             self.store, self.catalog, self.users,
             LiveReader(self.store, self._reader, self.settings["live.resume_window_s"]), self.clock,
-            is_system=lambda table_id: self.system_tables.find(table_id) is not None,
+            system=self.system_tables,
             limits=LiveLimits(subscriptions_per_user_max=self.settings["rate_limit.max_subscriptions_per_user"]),
             sql_limits=self._sql_limits(),
         )  # fmt: skip

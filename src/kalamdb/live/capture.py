@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from kalamdb.live.changes import same_row
 from kalamdb.live.groups import RowChange
+from kalamdb.live.system_feed import SystemFeed
 from kalamdb.storage import Batch, Commit, RecordKind, RowOp, Snapshot, record_uid
 from kalamdb.storage.jobs import JobRow
 from kalamdb.tables.layout import FLAGS, KEY, SEQ, Layout, Row, conform, read_payload, row_at
@@ -92,6 +93,8 @@ class Capture:
     def note(self, batch: Batch, commit: Commit, watched: Collection[TableUid], *, rows: bool) -> Captured:
         """What to remember of a commit; called under the commit lock. Without `rows` no row is remembered."""
         out = Captured(commit, batch.names_files)
+        if commit.changed_jobs and SystemFeed.watched(watched):
+            out.jobs = commit.changed_jobs
         if rows and watched:
             self._note_rows(batch, commit, watched, out)
         for op in batch.records:

@@ -37,7 +37,7 @@ class GroupKey(NamedTuple):
 
 
 class Group:
-    """Subscriptions that ask the same; a change is tested and made once for all of them."""
+    """Subscriptions that ask the same; a change is tested once for all of them."""
 
     __slots__ = ("key", "shape", "subscriptions")
 
@@ -53,14 +53,12 @@ class Group:
             raise InvalidRequest(f"no column of the subscription is left in '{layout.definition.table_id}'")
         self.shape = shape
 
-    def change_of(self, row: RowChange) -> Change | None:
-        """The change as this group sees it, None when it does not concern it."""
+    def change_of(self, row: RowChange) -> Change:
+        """A change that the filter lets pass, as this group sees it: the same for all groups with its columns."""
         shape = self.shape
         if row.new is None:
-            former = row.former
-            return shape.delete(row.seq, former) if former is not None and shape.passes(former) is True else None
-        if shape.passes(row.new) is not True:
-            return None
+            assert row.former is not None
+            return shape.delete(row.seq, row.former)
         if row.former is None:
             return shape.insert(row.seq, row.new)
         return shape.update(row.seq, row.new, row.former_seq, row.former)
@@ -139,7 +137,10 @@ class LiveTable:
             tested = row.new if row.new is not None else row.former
             if scope is None or tested is None:
                 continue
+            made: dict[tuple[int, ...] | None, Change] = {}
             for group in scope.concerned(tested):
-                change = group.change_of(row)
-                if change is not None:
+                if group.shape.passes(tested) is True:
+                    change = made.get(group.key.columns)
+                    if change is None:
+                        change = made[group.key.columns] = group.change_of(row)
                     yield group, change

@@ -10,8 +10,9 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import msgspec
@@ -25,11 +26,14 @@ from kalamdb.live.groups import GroupKey, LiveTable, RowChange, ScopeGroups
 from kalamdb.live.reading import LiveReader
 from kalamdb.live.statement import LiveSelect, parse_live
 from kalamdb.live.subscription import LiveCode, LiveOptions, LiveRequest, LiveSink, LiveSubscription, State
+from kalamdb.live.system_feed import JOB_EVENTS, JOBS, SystemFeed
 from kalamdb.sql.caller import Caller, denied, may_read
+from kalamdb.sql.query import SystemTables
 from kalamdb.sql.tokens import SqlLimits
 from kalamdb.storage import Batch, Commit, keys
+from kalamdb.tables.layout import Layout
 from kalamdb.tables.store import TableStore
-from kalamdb.types import Seq, TableUid
+from kalamdb.types import SHARED_SCOPE, Role, Seq, TableUid
 from kalamdb.users import UserRecord, Users
 
 _log = logging.getLogger("kalamdb.live")
@@ -83,7 +87,7 @@ class LiveQueries:
         reader: LiveReader,
         clock: Clock,
         *,
-        is_system: Callable[[Any], bool],
+        system: SystemTables,
         limits: LiveLimits,
         sql_limits: SqlLimits,
     ) -> None:
@@ -94,7 +98,8 @@ class LiveQueries:
         self._catalog = catalog
         self._users = users
         self.clock = clock
-        self._is_system = is_system
+        self._system = system
+        self.feed = SystemFeed(system, store.backend, clock)
         self._sql_limits = sql_limits
         self._capture = Capture(store)
         self._tables: dict[TableUid, LiveTable] = {}
@@ -156,20 +161,33 @@ class LiveQueries:
         """The table of a SELECT that the caller may subscribe to. Raises what `subscribe` raises."""
         select = parse_live(sql, caller, self._sql_limits)
         entry = self._entry(select, caller)
-        layout = self._store.layout(entry.definition)
+        layout = self._layout(entry)
         select.filter(layout)
         select.column_ids(layout)
         return entry
 
     def _entry(self, select: LiveSelect, caller: Caller) -> CatalogEntry:
-        if self._is_system(select.table_id):
-            raise Denied(f"'{select.table_id}' cannot be subscribed")
+        if self._system.find(select.table_id) is not None:
+            return self._system_entry(select, caller)
         if self._catalog.view(select.table_id) is not None:
             raise InvalidRequest(f"'{select.table_id}' is a view; subscribe to its table")
         entry = self._catalog.require(select.table_id)
         if not may_read(caller, entry.definition):
             raise denied(caller, "read", entry.definition)
         return entry
+
+    def _system_entry(self, select: LiveSelect, caller: Caller) -> CatalogEntry:
+        if not caller.has(Role.DBA):
+            raise Denied(f"Admin privileges required to subscribe to '{select.table_id}'; the caller has {caller.role}")
+        with self.lock:
+            entry = self.feed.entry(select.table_id)
+        if entry is None:
+            raise Denied(f"'{select.table_id}' cannot be subscribed; {JOBS} and {JOB_EVENTS} can")
+        return entry
+
+    def _layout(self, entry: CatalogEntry) -> Layout:
+        definition = entry.definition
+        return self.feed.layout(definition) if SystemFeed.holds(definition.uid) else self._store.layout(definition)
 
     def _check_room(self, request: LiveRequest, caller: Caller) -> None:
         if self._stopped:
@@ -190,7 +208,7 @@ class LiveQueries:
         uid = entry.definition.uid
         table = self._tables.get(uid)
         if table is None:
-            table = LiveTable(entry, self._store.layout(entry.definition))
+            table = LiveTable(entry, self._layout(entry))
         elif table.entry.definition.version < entry.definition.version:
             self._bind(table, entry)
         key = GroupKey(select.filter(table.layout), select.column_ids(table.layout))
@@ -198,7 +216,8 @@ class LiveQueries:
         live_id = f"{caller.user}-{request.connection_id or 'local'}-{subscription_id}"
         if live_id in self._subscriptions:
             raise InvalidRequest(f"there is a subscription '{live_id}' already; close it first")
-        prefix = keys.scope_prefix(caller.scope(entry.definition))
+        is_system = SystemFeed.holds(uid)
+        prefix = keys.scope_prefix(SHARED_SCOPE if is_system else caller.scope(entry.definition))
         group = table.scopes.setdefault(prefix, ScopeGroups()).group(key, table.layout)
         own = replace(caller, params=None, deadline=lambda: False, cancelled=lambda: self._stopped)
         found = LiveSubscription(
@@ -217,11 +236,13 @@ class LiveQueries:
 
     def _check_still(self, found: LiveSubscription) -> None:
         """What was changed before the commits were noted would go unnoticed."""
-        entry = self._catalog.by_uid(found.table.entry.definition.uid)
-        if entry is None:
-            raise NotFound(f"table '{found.table.entry.definition.table_id}' was dropped")
-        if not may_read(found.caller, entry.definition):
-            raise denied(found.caller, "read", entry.definition)
+        definition = found.table.entry.definition
+        if not SystemFeed.holds(definition.uid):
+            entry = self._catalog.by_uid(definition.uid)
+            if entry is None:
+                raise NotFound(f"table '{definition.table_id}' was dropped")
+            if not may_read(found.caller, entry.definition):
+                raise denied(found.caller, "read", entry.definition)
         self._users.refuse_gone(found.caller.user)
         if found.request.bound:
             user = self._users.find(found.caller.user)
@@ -232,7 +253,8 @@ class LiveQueries:
         if options is None:
             return
         found.rows_after = 0
-        if options.from_seq is not None and self.reader.covers(found.table.entry.definition.uid, options.from_seq):
+        uid = found.table.entry.definition.uid
+        if options.from_seq is not None and (SystemFeed.holds(uid) or self.reader.covers(uid, options.from_seq)):
             found.resumed = True
             found.rows_after = found.deletes_after = options.from_seq
         with self.lock:
@@ -257,6 +279,7 @@ class LiveQueries:
                     del found.table.scopes[found.prefix]
                 if not found.table.scopes:
                     del self._tables[found.table.entry.definition.uid]
+                    self.feed.forget(found.table.entry.definition.table_id)
                     self._store.backend.keep_former(self._tables.keys())
             self._watching = bool(self._subscriptions)
             return True
@@ -299,8 +322,14 @@ class LiveQueries:
 
     def _run(self) -> None:
         while True:
-            noted = self._queue.get()
+            noted: Captured | _Gap | _Stop | None = None
+            with suppress(Empty):
+                noted = self._queue.get(timeout=self.feed.due_in_s())
+            if self.feed.due_in_s() == 0:
+                self._publish_system()
             match noted:
+                case None:
+                    pass
                 case _Stop():
                     return
                 case _Gap():
@@ -327,6 +356,7 @@ class LiveQueries:
             # Whether the commit is durable is not known, so nothing of it may be sent.
             self._end_all(self._all(), code_of(exc), str(exc))
             return
+        self.feed.note(noted.jobs)
         for uid in noted.tables:
             self._follow_table(uid, renewed=noted.renewed)
         for user in noted.users:
@@ -367,6 +397,24 @@ class LiveQueries:
                     # All of it at once might take any amount of memory.
                     self._published = rows[-1].seq
                     outgoing.send()
+
+    def _publish_system(self) -> None:
+        jobs = self.feed.begin()
+        outgoing = _Outgoing(self.limits.kept_bytes_max, self.clock.now_ms)
+        for table in [table for uid, table in list(self._tables.items()) if SystemFeed.holds(uid)]:
+            try:
+                rows = self.feed.changes(table, jobs)
+            except Exception as exc:
+                _log.exception("changes of jobs cannot be published")
+                self._end_all(table.subscriptions(), LiveCode.FAILED, str(exc))
+                continue
+            with self.lock:
+                for group, change in table.changes(rows):
+                    for one in group.subscriptions:
+                        outgoing.add(one, change)
+        with self.lock:
+            outgoing.send()
+            self._delivered += outgoing.delivered
 
     def _again(self, part: Part, table: LiveTable, rows: list[RowChange]) -> list[RowChange]:
         """The same rows in the schema version that the table has got meanwhile."""

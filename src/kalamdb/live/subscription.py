@@ -118,7 +118,7 @@ class State(StrEnum):
     ENDED = "ended"
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class LiveSubscription:
     """Made by `LiveQueries.subscribe`. After the last batch, or at once when none was asked for, `go_live`.
 
@@ -203,7 +203,10 @@ class LiveSubscription:
             self.rows_after, self.deletes_after, self._last_rows(),
             ChangeType.SNAPSHOT if self.initial else ChangeType.INSERT,
         )  # fmt: skip
-        block = queries.reader.read(entry, shape, self.caller, wanted)
+        if queries.feed.holds(entry.definition.uid):
+            block = queries.feed.read(entry, shape, wanted)
+        else:
+            block = queries.reader.read(entry, shape, self.caller, wanted)
         block.deletes_after = block.seq if self.deletes_after is None else self.deletes_after
         if block.complete:
             self.rows_after = self.deletes_after = block.seq
