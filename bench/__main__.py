@@ -7,6 +7,7 @@ from itertools import chain
 
 from bench import http
 from bench.harness import console, machine, show
+from bench.live import live
 from bench.queue import claims, queue
 from bench.rows import inserts
 from bench.scans import compare
@@ -44,6 +45,10 @@ def main(quick: bool) -> int:
         chain(sharing("os", rounds=rounds), sharing("commit", rounds=rounds)),
     )
     goals &= http.main(quick)
+    show(
+        "Live queries; peer: the same insert without a subscription",
+        chain(live("commit", inserts=200 * scale, changes=200), live("os", inserts=1_000 * scale, changes=200)),
+    )
     return 0 if goals else 1
 
 

@@ -90,6 +90,13 @@ class Capture:
     def __init__(self, store: TableStore) -> None:
         self._store = store
 
+    @staticmethod
+    def may_concern(batch: Batch, commit: Commit, watched: Collection[TableUid]) -> bool:
+        """Whether there may be anything to note: most commits write rows of tables that nobody is subscribed to."""
+        if commit.changed_jobs or batch.delete_stream or any(not op.check for op in batch.records):
+            return True
+        return any(op.table in watched for op in batch.rows)
+
     def note(self, batch: Batch, commit: Commit, watched: Collection[TableUid], *, rows: bool) -> Captured:
         """What to remember of a commit; called under the commit lock. Without `rows` no row is remembered."""
         out = Captured(commit, batch.names_files)

@@ -123,7 +123,7 @@ class LiveQueries:
     # Noting commits
 
     def _on_commit(self, batch: Batch, commit: Commit) -> None:
-        if not self._watching:
+        if not self._watching or not self._capture.may_concern(batch, commit, self._tables.keys()):
             return
         room = not self._gap and self._noted_bytes - self._done_bytes <= self.limits.queue_bytes_max
         noted = self._capture.note(batch, commit, self._tables.keys(), rows=room)
