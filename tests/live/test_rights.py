@@ -68,7 +68,7 @@ def remote(
     [
         ("DROP USER anna", LiveCode.UNAUTHORIZED),
         ("ALTER USER anna SET ROLE dba", LiveCode.UNAUTHORIZED),
-        ("ALTER USER anna SET PASSWORD 'another'", LiveCode.UNAUTHORIZED),
+        ("ALTER USER anna SET PASSWORD 'quokka-17-elm'", LiveCode.UNAUTHORIZED),
         ("ALTER TABLE app.s SET TBLPROPERTIES (ACCESS_LEVEL = 'dba')", LiveCode.UNAUTHORIZED),
         ("DROP TABLE app.s", LiveCode.NOT_FOUND),
         ("TRUNCATE TABLE app.s", LiveCode.NOT_FOUND),
@@ -80,7 +80,7 @@ def remote(
 def test_a_subscription_ends_with_its_right(open_db: Open, statement: str, code: LiveCode) -> None:
     db = open_db(auth_bcrypt_cost=4)
     make(db)
-    db.execute("CREATE USER anna WITH PASSWORD 'secret' ROLE service")
+    db.execute("CREATE USER anna WITH PASSWORD 'wombat-42-rye' ROLE service")
     sink = Collected()
     remote(db, sink, f"{SHARED} WHERE t = 'a'")
     db.execute("ALTER USER anna SET EMAIL 'anna@example.com'")
@@ -282,9 +282,11 @@ def test_the_async_database_gives_changes_by_async_for(open_db: Open) -> None:
     db.execute("INSERT INTO app.s (id) VALUES (1)")
 
     async def main() -> list[int]:
-        async_db = kalamdb.AsyncDatabase(db)
         found = []
-        async with await async_db.subscribe(SHARED, snapshot=True) as changes:
+        async with (
+            kalamdb.AsyncDatabase(db) as async_db,
+            await async_db.subscribe(SHARED, snapshot=True) as changes,
+        ):
             found.append(((await changes.next(timeout_s=10)).row or {})["id"])
             with pytest.raises(Timeout):
                 await changes.next(timeout_s=0.01)
