@@ -197,7 +197,7 @@ def test_a_mirror_fed_by_pages_under_writes_is_the_table(kept: str) -> None:
         live.reader.block_rows = 20
         verbs = [verb for verb in VERBS if verb != "insert"]
         plans: list[list[Operation]] = [
-            [(verbs[(at + number) % len(verbs)], "app.s", list(range(at % 11 + 1)), "ab"[at % 2]) for at in range(40)]
+            [(verbs[(at + number) % len(verbs)], "app.s", list(range(at % 11 + 1)), "ab"[at % 2]) for at in range(20)]
             for number in range(WRITERS)
         ]
         stop = threading.Event()
