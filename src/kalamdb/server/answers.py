@@ -138,7 +138,7 @@ def result_json(result: Result, user: str) -> dict[str, Any]:
     entry["row_count"] = result.row_count
     if result.message is not None:
         entry["message"] = result.message
-    entry["as_user"] = user
+    entry["as_user"] = result.as_user or user
     return entry
 
 

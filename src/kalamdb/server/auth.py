@@ -14,8 +14,10 @@ from kalamdb.errors import InvalidRequest
 from kalamdb.server.auth_routes import AuthRules, Sender, auth_routes
 from kalamdb.server.identity import Authenticator
 from kalamdb.server.logins import Logins
+from kalamdb.server.oidc import OidcTokens, listed_issuers
 from kalamdb.server.secret import signing_secret
 from kalamdb.server.tokens import Tokens
+from kalamdb.types import Role
 
 _log = logging.getLogger("kalamdb.server.auth")
 
@@ -48,7 +50,12 @@ def open_auth(context: AppContext, *, host: str, sender_of: Callable[[Request], 
     elif users.needs_setup:
         _log.warning("root has no password: POST /v1/api/auth/setup or set KALAMDB_ROOT_PASSWORD")
     tokens = Tokens(secret, clock, access_s=settings["auth.jwt_expiry_hours"] * 3600)
-    authenticator = Authenticator(users, tokens, clock)
+    issuers = listed_issuers(settings)
+    foreign = OidcTokens(
+        users, clock, issuers, auto_provision=settings["oauth.auto_provision"],
+        default_role=Role(settings["oauth.default_role"]),
+    )  # fmt: skip
+    authenticator = Authenticator(users, tokens, clock, foreign if issuers else None)
     logins = Logins(users, clock)
     origins = [*settings["security.cors.allowed_origins"], settings["server.public_origin"]]
     rules = AuthRules(

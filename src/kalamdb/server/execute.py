@@ -176,11 +176,13 @@ class SqlRoute:
         call: Call | None = None
         try:
             authorization = headers.get(b"authorization")
-            identity = self._authenticator.bearer(None if authorization is None else authorization.decode("latin-1"))
+            identity = await self._authenticator.authenticate(
+                None if authorization is None else authorization.decode("latin-1")
+            )
             self._check_rate(identity, scope)
             raw = await _receive_all(receive)
             content_type = headers.get(b"content-type", b"").decode("latin-1")
-            call = self._call(identity, read_body(raw, content_type, self._limits), began_s)
+            call = self._call(identity, read_body(raw, content_type, self._limits), began_s, peer_of(scope).ip)
             await self._run(call, receive, send)
         except ClientGone:
             self._end(call, Cancelled("the client went away"))
@@ -203,11 +205,11 @@ class SqlRoute:
                 wait_s,
             )
 
-    def _call(self, identity: Identity, body: SqlBody, began_s: float) -> Call:
+    def _call(self, identity: Identity, body: SqlBody, began_s: float, address: str) -> Call:
         query = self._queries.begin(identity.user, body.sql, self._timeout_s)
         caller = Caller(
             identity.user, identity.role, body.namespace_id or "default", body.params, self._clock.now_ms(),
-            deadline=query.overdue, cancelled=query.cancelled, served=self._served,
+            deadline=query.overdue, cancelled=query.cancelled, served=self._served, address=address,
         )  # fmt: skip
         return Call(identity, body, began_s, query, caller)
 

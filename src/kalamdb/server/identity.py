@@ -16,6 +16,8 @@ from kalamdb.types import Role
 from kalamdb.users import UserRecord, Users
 
 _CACHED_TOKENS_MAX: Final = 10_000
+_DEFERRALS_MAX: Final = 2
+"""The keys of an issuer, then a user that is made."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +79,11 @@ class Authenticator:
 
     async def authenticate_token(self, token: str) -> Identity:
         """As `authenticate`, for the token alone."""
-        try:
-            return self.verify(token)
-        except Deferred as deferred:
-            await asyncio.get_running_loop().run_in_executor(self._fetchers, deferred.work)
+        for _ in range(_DEFERRALS_MAX):
+            try:
+                return self.verify(token)
+            except Deferred as deferred:
+                await asyncio.get_running_loop().run_in_executor(self._fetchers, deferred.work)
         return self.verify(token)
 
     def bearer(self, header: str | None) -> Identity:
