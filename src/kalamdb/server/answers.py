@@ -43,6 +43,8 @@ class Answer:
     """JSON up to where `took` stands."""
     tail: bytes = b"}"
     retry_after_s: float | None = None
+    replayed: bool = False
+    """It is that of an earlier request with the same Idempotency-Key."""
 
     def body(self, took_ms: float) -> bytes:
         """All of it."""

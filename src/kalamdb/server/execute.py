@@ -19,13 +19,14 @@ from starlette.types import Message, Receive, Scope, Send
 
 from kalamdb.config import Settings
 from kalamdb.database import Database
-from kalamdb.errors import Cancelled, KalamDbError, LimitExceeded, RateLimited
+from kalamdb.errors import Cancelled, KalamDbError, LimitExceeded, RateLimited, TransactionConflict
 from kalamdb.result import OutputColumn, Result
-from kalamdb.server.answers import Answer, Phase, error_json, failure, result_json, results_json, success
+from kalamdb.server.answers import Answer, Phase, code_of, error_json, failure, result_json, results_json, success
 from kalamdb.server.bodies import BadBody, BodyLimits, SqlBody, read_body
 from kalamdb.server.edge import peer_of
 from kalamdb.server.encode import encode, output_columns, rows_of, schema_json
 from kalamdb.server.guards import Rate
+from kalamdb.server.idempotency import Attempt, Idempotency
 from kalamdb.server.identity import Authenticator, Identity
 from kalamdb.server.lanes import DurableWaits, QueryThreads
 from kalamdb.service import WouldBlock
@@ -33,7 +34,8 @@ from kalamdb.sql import statements as st
 from kalamdb.sql.caller import Caller, Served
 from kalamdb.sql.queries import QueryState, RunningQuery
 from kalamdb.storage import Commit
-from kalamdb.types import Role
+from kalamdb.tables.transaction import Transaction
+from kalamdb.types import Role, TableId, TableKind
 
 _QUICK_ROWS_MAX = 20
 """Rows of an INSERT that runs on the loop."""
@@ -43,6 +45,7 @@ _QUICK_TEXT = re.compile(r"\s*(?:insert\s|update\s|delete\s|select\s[^(]*\Z)", r
 _WHOLE_BYTES_MAX = 256 << 10
 """Up to this size a result is sent in one piece, with an honest status."""
 _PIECES_AHEAD = 4
+_CONFLICT_RETRIES = 20
 _log = logging.getLogger("kalamdb.server")
 
 
@@ -55,6 +58,8 @@ class Call:
     began_s: float
     query: RunningQuery
     caller: Caller
+    key: str | None = None
+    """Idempotency-Key."""
     script: st.Script | None = None
     phase: Phase = Phase.PARSE
 
@@ -148,6 +153,8 @@ class SqlRoute:
             queue_max=settings["execution.queue_max"],
             wait_s=settings["execution.queue_wait_s"],
         )
+        self._catalog = context.catalog
+        self._idempotency = Idempotency(context.backend, self._clock, settings["execution.idempotency_hours"])
         self._waits_for_disk = settings["storage.durability"] == "commit"
         self._waits: DurableWaits | None = None
 
@@ -183,6 +190,8 @@ class SqlRoute:
             raw = await _receive_all(receive)
             content_type = headers.get(b"content-type", b"").decode("latin-1")
             call = self._call(identity, read_body(raw, content_type, self._limits), began_s, peer_of(scope).ip)
+            if (key := headers.get(b"idempotency-key")) is not None:
+                call.key = key.decode("latin-1")
             await self._run(call, receive, send)
         except ClientGone:
             self._end(call, Cancelled("the client went away"))
@@ -236,6 +245,8 @@ class SqlRoute:
     async def _send(self, send: Send, answer: Answer, began_s: float) -> None:
         body = answer.body((self._clock.monotonic_s() - began_s) * 1000)
         headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+        if answer.replayed:
+            headers.append((b"idempotency-replayed", b"true"))
         if answer.retry_after_s is not None:
             headers.append((b"retry-after", b"%d" % max(1, round(answer.retry_after_s))))
         await send({"type": "http.response.start", "status": answer.status, "headers": headers})
@@ -252,7 +263,7 @@ class SqlRoute:
                 return False
             script = self._session.parsed(sql)
         self._authorise(call, script)
-        return is_quick(script)
+        return is_quick(script) and call.key is None
 
     def _authorise(self, call: Call, script: st.Script) -> None:
         call.script = script
@@ -352,14 +363,61 @@ class SqlRoute:
             if len(statements) == 1 and isinstance(statements[0], st.Select) and not statements[0].explain:
                 self._select(statements[0], call, pipe)
                 return
-            result = self._session.run(call.script, call.caller)
-            entries = results_json(call.script, result.results, call.identity.user)
-            pipe.put(success(entries, streamed=len(statements) == 1 and bool(result.columns)))
+            if call.key is not None and any(not isinstance(one, st.Select | st.Show) for one in statements):
+                with self._idempotency.one(call.identity.user, call.key, call.body) as attempt:
+                    pipe.put(attempt.earlier() or self._run_once(call, call.script, attempt))
+                return
+            pipe.put(self._run_whole(call, call.script))
         except Exception as exc:  # noqa: BLE001 - the loop answers
             try:
                 pipe.put(End(exc))
             except KalamDbError:
                 return
+
+    def _run_whole(self, call: Call, script: st.Script, transaction: Transaction | None = None) -> Answer:
+        result = self._session.run(script, call.caller, transaction)
+        entries = results_json(script, result.results, call.identity.user)
+        return success(entries, streamed=len(script.statements) == 1 and bool(result.columns))
+
+    def _run_once(self, call: Call, script: st.Script, attempt: Attempt) -> Answer:
+        """Run a request so that its answer is remembered: by the commit of its writes where one commit makes them
+        all, else by a record before and one after."""
+        try:
+            if self._is_one_commit(script, call.caller):
+                return self._run_in_transaction(call, script, attempt)
+            attempt.begin()
+            answer = self._run_whole(call, script)
+        except KalamDbError as exc:
+            if exc.retryable or isinstance(exc, Cancelled) or code_of(exc, call.phase)[0] not in (400, 403):
+                raise
+            answer = failure(exc, call.phase, admin=call.admin)
+        attempt.end(answer)
+        return answer
+
+    def _is_one_commit(self, script: st.Script, caller: Caller) -> bool:
+        for statement in script.statements:
+            if not isinstance(statement, st.Insert | st.Update | st.Delete | st.Select):
+                return False
+            if not isinstance(statement, st.Select):
+                name = statement.table
+                entry = self._catalog.table(TableId(name.namespace or caller.namespace, name.name))
+                if entry is not None and entry.definition.kind is TableKind.STREAM:
+                    return False
+        return True
+
+    def _run_in_transaction(self, call: Call, script: st.Script, attempt: Attempt) -> Answer:
+        for left in range(_CONFLICT_RETRIES, -1, -1):
+            try:
+                with ExitStack() as stack:
+                    transaction = self._session.begin(stack, owner=call.identity.user, origin="SqlBatch")
+                    answer = self._run_whole(call, script, transaction)
+                    transaction.records = attempt.operations(answer)
+                    transaction.commit()
+                    return answer
+            except TransactionConflict:
+                if not left:
+                    raise
+        raise AssertionError
 
     def _select(self, statement: st.Select, call: Call, pipe: Pipe) -> None:
         with ExitStack() as stack:

@@ -525,8 +525,8 @@ def _may_never_end(statement: st.Select, reads: _Reads, query: Query) -> bool:
     if any(one.endless for one in parts):
         return True
     named = sum(one.sources for one in parts)
-    rows = max((_source_rows(source) for source in query.sources), default=1)
-    return named > 1 and max(rows, 2) ** named > _PAIRS_MAX
+    rows: int = max((_source_rows(source) for source in query.sources), default=1)
+    return named > 1 and bool(max(rows, 2) ** named > _PAIRS_MAX)
 
 
 def _source_rows(source: TableSource) -> int:

@@ -149,6 +149,10 @@ class RecordKind(IntEnum):
     snapshot is older does not publish them."""
     JOB_QUEUE = 20
     """name -> limit and pause of a queue."""
+    IDEMPOTENT = 24
+    """(user, Idempotency-Key) -> a request over HTTP and its answer."""
+    IDEMPOTENT_AGE = 25
+    """(time in ms, key of an IDEMPOTENT record): to find those that are old enough to go."""
 
 
 def record_key(kind: RecordKind, *parts: str | int) -> bytes:

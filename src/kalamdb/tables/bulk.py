@@ -149,8 +149,10 @@ def publish(
     return ops
 
 
-def commit_drafts(store: TableStore, drafts: Sequence[SegmentDraft], *, jobs: JobOps = ()) -> Commit:
-    """Write each draft as a segment and publish all in one commit, durable on return.
+def commit_drafts(
+    store: TableStore, drafts: Sequence[SegmentDraft], *, jobs: JobOps = (), records: Sequence[RecordOp] = ()
+) -> Commit:
+    """Write each draft as a segment and publish all in one commit, with jobs and records; durable on return.
 
     `jobs` go with that commit; the leases that they hold by fence the names of the files before it.
     Raises ExpectationFailed when a key is not at its expected version any more, LeaseLost.
@@ -173,7 +175,7 @@ def commit_drafts(store: TableStore, drafts: Sequence[SegmentDraft], *, jobs: Jo
             assert record is not None
             record = msgspec.structs.replace(record, relative=True, created_at=store.clock.now_ms())
             written.append((draft, names, record))
-        commit = _publish_checked(store, written, watches, jobs)
+        commit = _publish_checked(store, written, watches, jobs, records)
         for _, names, _ in written:
             names.published()
     for draft in drafts:
@@ -186,6 +188,7 @@ def _publish_checked(
     written: Sequence[tuple[SegmentDraft, Naming, SegmentRecord]],
     watches: Sequence[Watch],
     jobs: JobOps,
+    records: Sequence[RecordOp],
 ) -> Commit:
     # What the caller checked before the watches began holds as long as nobody wrote since. Otherwise
     # the keys are looked up again, and from then on the watches tell which keys were written.
@@ -195,7 +198,7 @@ def _publish_checked(
     for _ in range(store.limits.conflict_retries):
         if checks is None:
             checks, watched = _check_all(store, [draft for draft, _, _ in written]), True
-        batch = Batch(jobs=list(jobs), names_files=True)
+        batch = Batch(jobs=list(jobs), records=list(records), names_files=True)
         for (draft, names, record), watch, check in zip(written, watches, checks, strict=True):
             seq = max(check.seq, _check_watch(store, draft, watch)) if watched else check.seq
             batch.quiet.append((draft.entry.definition.uid, seq))

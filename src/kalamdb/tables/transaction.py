@@ -69,20 +69,21 @@ def commit_groups(
     groups: Sequence[ChangeGroup],
     *,
     jobs: Sequence[JobOp] = (),
+    records: Sequence[RecordOp] = (),
 ) -> Commit | None:
-    """Commit changes of any number of tables in one step, durable on return.
+    """Commit changes of any number of tables, and jobs and records with them, in one step, durable on return.
 
     Few rows go to the hot tier, many as one segment per table. Raises ExpectationFailed when a key is
     no longer at its expected version, and what `TableStore.commit` raises.
     """
     groups = [group for group in groups if group.changes]
     total = sum(len(group.changes) for group in groups)
-    if total == 0 and not jobs:
+    if total == 0 and not jobs and not records:
         return None
     store.wait_for_room()
     if total > store.limits.batch_rows_max:
         drafts = [_draft(store, group) for group in groups]
-        return commit_drafts(store, drafts, jobs=jobs)
+        return commit_drafts(store, drafts, jobs=jobs, records=records)
     batch = Batch(jobs=list(jobs))
     checks: dict[bytes, RecordOp] = {}
     for group in groups:
@@ -102,7 +103,7 @@ def commit_groups(
             )
             for change in group.changes
         ]
-    batch.records = list(checks.values())
+    batch.records = [*checks.values(), *records]
     return _commit_rechecked(store, groups, batch)
 
 
@@ -204,6 +205,8 @@ class Transaction:
         self._deadline_s = deadline_s
         self._overlays: dict[tuple[TableUid, Scope], Overlay] = {}
         self.jobs: list[JobOp] = []
+        self.records: list[RecordOp] = []
+        """Records that are written with it."""
         self.ended = False
 
     def check_open(self) -> None:
@@ -270,7 +273,7 @@ class Transaction:
             overlay.group.changes = list(overlay.changes.values())
             groups.append(overlay.group)
         try:
-            return commit_groups(self._store, groups, jobs=self.jobs)
+            return commit_groups(self._store, groups, jobs=self.jobs, records=self.records)
         except ExpectationFailed as failed:
             raise TransactionConflict(f"the transaction was rolled back: {refused(self._store, failed)}") from failed
 
