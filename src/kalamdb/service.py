@@ -17,34 +17,6 @@ _BACK_OFF_S = 1.0
 _log = logging.getLogger("kalamdb.service")
 
 
-class uninterrupted:
-    """A block that Ctrl-C does not cut in two: KeyboardInterrupt is raised when it ends.
-
-    Python raises it in the main thread only, so elsewhere nothing is to be done. A class, as it stands
-    in the path of each commit.
-    """
-
-    __slots__ = ("_former", "_pending")
-
-    def __enter__(self) -> None:
-        self._former: Any = None
-        self._pending: tuple[int, FrameType | None] | None = None
-        if threading.current_thread() is threading.main_thread():
-            former = signal.getsignal(signal.SIGINT)
-            if callable(former):
-                self._former = former
-                signal.signal(signal.SIGINT, self._remember)
-
-    def _remember(self, number: int, frame: FrameType | None) -> None:
-        self._pending = (number, frame)
-
-    def __exit__(self, *exc: object) -> None:
-        if self._former is not None:
-            signal.signal(signal.SIGINT, self._former)
-            if self._pending is not None:
-                self._former(*self._pending)
-
-
 class WouldBlock(Exception):
     """What was asked for would wait or take long, in a thread that must not; nothing was done."""
 
@@ -75,6 +47,35 @@ def may_block() -> None:
 def is_impatient() -> bool:
     """Whether this thread is in an `impatient` block."""
     return _impatience.on
+
+
+class uninterrupted:
+    """A block that Ctrl-C does not cut in two: KeyboardInterrupt is raised when it ends.
+
+    Python raises it in the main thread only, so elsewhere nothing is to be done. A class, as it stands
+    in the path of each commit.
+    """
+
+    __slots__ = ("_former", "_pending")
+
+    def __enter__(self) -> None:
+        self._former: Any = None
+        self._pending: tuple[int, FrameType | None] | None = None
+        # Who is impatient is the loop of a server, whose signal handlers raise nothing; asking would cost much.
+        if not _impatience.on and threading.current_thread() is threading.main_thread():
+            former = signal.getsignal(signal.SIGINT)
+            if callable(former):
+                self._former = former
+                signal.signal(signal.SIGINT, self._remember)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self._pending = (number, frame)
+
+    def __exit__(self, *exc: object) -> None:
+        if self._former is not None:
+            signal.signal(signal.SIGINT, self._former)
+            if self._pending is not None:
+                self._former(*self._pending)
 
 
 class GiveUp:
