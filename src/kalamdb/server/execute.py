@@ -389,6 +389,8 @@ class SqlRoute:
             answer = self._run_whole(call, script)
         except KalamDbError as exc:
             if exc.retryable or isinstance(exc, Cancelled) or code_of(exc, call.phase)[0] not in (400, 403):
+                if len(script.statements) == 1:
+                    attempt.forget()
                 raise
             answer = failure(exc, call.phase, admin=call.admin)
         attempt.end(answer)

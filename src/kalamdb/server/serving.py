@@ -27,6 +27,7 @@ from kalamdb.server.health import Condition, HealthRoutes, Phase
 from kalamdb.server.listener import Listener, connection_limits, first_of
 from kalamdb.server.logs import AccessLog, configure_logging
 from kalamdb.server.metrics import Metrics, MetricsRoute
+from kalamdb.server.openapi import openapi_routes
 from kalamdb.server.protocol import Door
 from kalamdb.server.sockets import Sockets
 from kalamdb.server.telemetry import make_tracing
@@ -109,6 +110,7 @@ class Serving:
             *self._sql.routes(),
             *HealthRoutes(database, self.condition, guards, address=lambda: self.listener.url).routes(),
             *MetricsRoute(metrics, guards, lambda header: self._auth.authenticator.bearer(header).role).routes(),
+            *openapi_routes(),
             *absent_routes(),
         ]
         self._access_log = None

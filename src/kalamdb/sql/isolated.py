@@ -2,33 +2,29 @@
 
 The engine gives control back only when an operator asks its input for more: a cross join, a join on equal values or
 a recursive query over few rows may work for days before it does. Such a query of a client is handed to a child
-process as plain data (its text, Arrow rows, paths of segments) and its batches come back through a pipe.
+process as plain data (its text, Arrow rows, paths of segments) and its batches come back through a socket.
 """
 
 from __future__ import annotations
 
 import os
-import pickle
 import queue
-import select
-import struct
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import IO, Any
+from multiprocessing.connection import Connection, Pipe
+from typing import Any
 
 import pyarrow as pa
 
 from kalamdb.errors import Closed, KalamDbError
 
-_HEADER = struct.Struct(">cQ")
 _IDLE_MAX = 2
 _LOOK_S = 0.05
 """How often a waiting reader looks whether its query was ended."""
 _NICENESS = 5
-_PIPE_READ = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,32 +49,29 @@ class Children:
         child = self._take()
         try:
             child.send(task)
-            kind, payload = child.receive(ended)
-            if kind == b"E":
+            schema = child.receive(ended)
+            if isinstance(schema, KalamDbError):
                 self._give_back(child)
-                raise pickle.loads(payload)
-            schema = pa.ipc.read_schema(pa.py_buffer(payload))
+                raise schema
         except KalamDbError:
             self._drop_unless_idle(child)
             raise
         except BaseException:
             self._drop(child)
             raise
-        return schema, self._batches(child, schema, ended)
+        return schema, self._batches(child, ended)
 
-    def _batches(
-        self, child: _Child, schema: pa.Schema, ended: Callable[[], KalamDbError | None]
-    ) -> Iterator[pa.RecordBatch]:
+    def _batches(self, child: _Child, ended: Callable[[], KalamDbError | None]) -> Iterator[pa.RecordBatch]:
         finished = False
         try:
             while True:
-                kind, payload = child.receive(ended)
-                if kind == b"B":
-                    yield pa.ipc.read_record_batch(pa.py_buffer(payload), schema)
+                found = child.receive(ended)
+                if isinstance(found, pa.RecordBatch):
+                    yield found
                     continue
                 finished = True
-                if kind == b"E":
-                    raise pickle.loads(payload)
+                if isinstance(found, KalamDbError):
+                    raise found
                 return
         finally:
             if finished:
@@ -125,87 +118,69 @@ class Children:
 
 
 class _Child:
-    """One child process, seen from the parent."""
+    """One child process, seen from the parent. It answers a task with a schema, batches and None, or an error."""
 
     def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "kalamdb.sql.isolated"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        )  # fmt: skip
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._in: IO[bytes] = self._process.stdin
-        self._out = self._process.stdout.fileno()
-        self._buffer = bytearray()
+        self._connection, other = Pipe()
+        fd = other.fileno()
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "kalamdb.sql.isolated", str(fd)], pass_fds=[fd], stdin=subprocess.DEVNULL
+            )
+        finally:
+            other.close()
 
     def send(self, task: Task) -> None:
         """Hand a task over."""
-        data = pickle.dumps(task, protocol=pickle.HIGHEST_PROTOCOL)
-        self._in.write(_HEADER.pack(b"T", len(data)) + data)
-        self._in.flush()
+        self._connection.send(task)
 
-    def receive(self, ended: Callable[[], KalamDbError | None]) -> tuple[bytes, bytes]:
-        """The next message. Raises what ends the query, Closed when the process is gone."""
-        head = self._read(_HEADER.size, ended)
-        kind, size = _HEADER.unpack(head)
-        return kind, self._read(size, ended)
-
-    def _read(self, size: int, ended: Callable[[], KalamDbError | None]) -> bytes:
-        while len(self._buffer) < size:
+    def receive(self, ended: Callable[[], KalamDbError | None]) -> Any:
+        """What it says next. Raises what ends the query, Closed when the process is gone."""
+        while True:
             error = ended()
             if error is not None:
                 raise error
-            if select.select([self._out], [], [], _LOOK_S)[0]:
-                data = os.read(self._out, _PIPE_READ)
-                if not data:
-                    raise Closed("the process of the query ended: the engine crashed, or memory ran out")
-                self._buffer += data
-        found = bytes(self._buffer[:size])
-        del self._buffer[:size]
-        return found
+            if self._connection.poll(_LOOK_S):
+                try:
+                    return self._connection.recv()
+                except (EOFError, OSError):
+                    raise Closed("the process of the query ended: the engine crashed, or memory ran out") from None
 
     def end(self) -> None:
         """End the process now."""
         self._process.kill()
         self._process.wait()
-        self._in.close()
-        if self._process.stdout is not None:
-            self._process.stdout.close()
+        self._connection.close()
 
 
 # The child
 
 
-def _serve() -> None:
+def _serve(connection: Connection) -> None:
     os.nice(_NICENESS)
-    out = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
     tasks: queue.SimpleQueue[Task] = queue.SimpleQueue()
-    threading.Thread(target=_take_tasks, args=(tasks,), daemon=True).start()
+    threading.Thread(target=_take_tasks, args=(connection, tasks), daemon=True).start()
     engine: Any = None
     while True:
         task = tasks.get()
         try:
             engine = engine or _engine(task.limits)
             run = engine.query(**task.arguments)
-            _write(out, b"S", run.schema.serialize())
+            connection.send(run.schema)
             for batch in run:
-                _write(out, b"B", batch.serialize())
-            _write(out, b"D", b"")
+                connection.send(batch)
+            connection.send(None)
         except KalamDbError as exc:
-            _write(out, b"E", pickle.dumps(exc))
+            connection.send(exc)
 
 
-def _take_tasks(tasks: queue.SimpleQueue[Task]) -> None:
-    """Read tasks; the end of the parent is the end of this process, whatever it does."""
-    source = os.fdopen(0, "rb")
-    while len(head := source.read(_HEADER.size)) == _HEADER.size:
-        tasks.put(pickle.loads(source.read(_HEADER.unpack(head)[1])))
-    os._exit(0)
-
-
-def _write(out: IO[bytes], kind: bytes, payload: bytes | pa.Buffer) -> None:
-    out.write(_HEADER.pack(kind, len(payload)))
-    out.write(payload)
-    out.flush()
+def _take_tasks(connection: Connection, tasks: queue.SimpleQueue[Task]) -> None:
+    """Take tasks; the end of the parent is the end of this process, whatever it does."""
+    try:
+        while True:
+            tasks.put(connection.recv())
+    except (EOFError, OSError):
+        os._exit(0)
 
 
 def _engine(limits: Any) -> Any:
@@ -223,4 +198,7 @@ def _engine(limits: Any) -> Any:
 
 
 if __name__ == "__main__":
-    _serve()
+    # By its name, so that what is sent is of the same classes here and there.
+    from kalamdb.sql import isolated
+
+    isolated._serve(Connection(int(sys.argv[1])))
