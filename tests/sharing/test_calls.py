@@ -94,6 +94,9 @@ def test_users_roles_namespaces_and_sessions(opened: Any) -> None:
         assert [value for batch in batches for value in batch.column("id").to_pylist()] == [2]
     with pytest.raises(kalamdb.Denied):
         anna.execute("DROP TABLE notes")
+    for statement in ("SELECT v FROM app.notes WHERE id = 2", "SELECT max(v) FROM app.notes"):
+        acted = opened.execute(f"EXECUTE AS USER anna ({statement})")
+        assert (acted.rows, acted.as_user) == ([("more",)], "anna")
 
 
 @pytest.mark.parametrize("form", ["arrow", "batch", "pandas", "polars", "dicts", "tuples"])

@@ -249,7 +249,10 @@ def _one_form(result: Result, before: list[ResultForm]) -> ResultForm:
     # The text of JSON is to arrive as it is stored.
     if ready is not None and not any(one.kind.name in _TEXT_KEPT for one in ready.outputs):
         schema = ready.schema().serialize().to_pybytes()
-        return ResultForm(None, result.row_count, result.message, before, ready.outputs, portable(result.rows), schema)
+        rows = portable(result.rows)
+        return ResultForm(
+            None, result.row_count, result.message, before, ready.outputs, rows, schema, as_user=result.as_user
+        )
     table = table_bytes(result.arrow()) if result.columns else None
     return ResultForm(table, result.row_count, result.message, before, as_user=result.as_user)
 
