@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 from pathlib import Path
 from types import ModuleType
 
+import httpx
 import pytest
 
 FOLDER = Path(__file__).parent.parent / "examples"
@@ -23,7 +25,7 @@ def example(name: str) -> ModuleType:
 
 def test_every_example_is_short_and_has_a_test() -> None:
     files = sorted(FOLDER.glob("*.py"))
-    assert [file.stem for file in files] == ["agent", "iot_stream", "nightly_backup", "work_queue"]
+    assert [file.stem for file in files] == ["agent", "fastapi_app", "iot_stream", "nightly_backup", "work_queue"]
     long = {file.name: lines for file in files if (lines := len(file.read_text().splitlines())) > LINES_MAX}
     assert long == {}
 
@@ -55,3 +57,23 @@ def test_a_nightly_backup_is_pruned_and_restores_what_a_mistake_removed(
     assert notes == ["note 0", "note 1", "note 2", "written by day"]
     said = capsys.readouterr().out
     assert "1 older removed" in said and "all writes up to _seq" in said and "sound" in said
+
+
+def test_a_web_application_shows_each_caller_its_own_notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NOTES_DATA", str(tmp_path / "data"))
+    app = example("fastapi_app").app
+
+    async def visit() -> None:
+        async with (
+            app.router.lifespan_context(app),
+            httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://app") as http,
+        ):
+            anna, ben = {"X-User": "anna"}, {"X-User": "ben"}
+            written = (await http.post("/notes", json={"text": "milk"}, headers=anna)).json()["id"]
+            await http.post("/notes", json={"text": "bread"}, headers=ben)
+            assert [note["text"] for note in (await http.get("/notes", headers=anna)).json()] == ["milk"]
+            assert (await http.delete(f"/notes/{written}", headers=ben)).status_code == 404
+            assert (await http.delete(f"/notes/{written}", headers=anna)).status_code == 204
+            assert (await http.get("/notes", headers=anna)).json() == []
+
+    asyncio.run(visit())
