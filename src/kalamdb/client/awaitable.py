@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import httpx
 
 from kalamdb.client import wire
+from kalamdb.client.awaitable_live import AsyncLiveQuery, AsyncLiveSocket
 from kalamdb.client.blocking import ATTEMPTS, POLL_S, unreachable
 from kalamdb.client.calls import Answer, Call, Calls, Request
+from kalamdb.client.live import Feed
 from kalamdb.errors import Timeout
 from kalamdb.result import Result
 
@@ -30,6 +33,8 @@ class AsyncClient:
         self.url = wire.base_url(url)
         self._calls = Calls(user, password, token, namespace)
         self._http = httpx.AsyncClient(base_url=self.url, timeout=timeout_s, trust_env=False)
+        self._socket = AsyncLiveSocket(wire.socket_url(self.url), self._token)
+        self._numbers = itertools.count(1)
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -38,7 +43,8 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        """Close the connections. Idempotent."""
+        """End all live queries and close the connections. Idempotent."""
+        await self._socket.close()
         await self._http.aclose()
 
     async def login(self, user: str, password: str) -> Mapping[str, Any]:
@@ -74,6 +80,23 @@ class AsyncClient:
     ) -> int:  # fmt: skip
         """See Client.insert."""
         return await self._run(self._calls.insert(table, data, user=user, on_conflict=on_conflict, namespace=namespace))
+
+    async def subscribe(
+        self, sql: str, *, from_seq: int | None = None, last_rows: int | None = None,
+        batch_size: int | None = None, snapshot: bool = True,
+    ) -> AsyncLiveQuery:  # fmt: skip
+        """See Client.subscribe."""
+        live = AsyncLiveQuery(self._socket)
+        live.feed = Feed(
+            f"sub-{next(self._numbers)}", sql, live.emit, live.ended, from_seq, last_rows, batch_size, snapshot
+        )
+        await self._socket.add(live.feed)
+        return live
+
+    async def _token(self, fresh: bool) -> str:
+        if fresh:
+            await self._run(self._calls.renew())
+        return await self._run(self._calls.access_token())
 
     async def create_job(self, job_type: str, params: Any = None) -> str:
         """See Client.create_job."""

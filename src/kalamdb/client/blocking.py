@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import httpx
 
 from kalamdb.client import wire
+from kalamdb.client.blocking_live import LiveQuery, LiveSocket
 from kalamdb.client.calls import Answer, Call, Calls, Request
+from kalamdb.client.live import Change, Feed
 from kalamdb.clock import Clock, SystemClock
 from kalamdb.errors import Timeout, Unavailable
 from kalamdb.result import Result
@@ -34,6 +37,8 @@ class Client:
         self._calls = Calls(user, password, token, namespace)
         self._http = httpx.Client(base_url=self.url, timeout=timeout_s, trust_env=False)
         self._clock = clock or SystemClock()
+        self._socket = LiveSocket(wire.socket_url(self.url), self._token, self._clock)
+        self._numbers = itertools.count(1)
 
     def __enter__(self) -> Client:
         return self
@@ -42,7 +47,8 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Close the connections. Idempotent."""
+        """End all live queries and close the connections. Idempotent."""
+        self._socket.close()
         self._http.close()
 
     def login(self, user: str, password: str) -> Mapping[str, Any]:
@@ -85,6 +91,27 @@ class Client:
         Rows go in statements of about half a megabyte of text; each is all or nothing, the whole is not.
         """
         return self._run(self._calls.insert(table, data, user=user, on_conflict=on_conflict, namespace=namespace))
+
+    def subscribe(
+        self, sql: str, *, callback: Callable[[Change], None] | None = None, from_seq: int | None = None,
+        last_rows: int | None = None, batch_size: int | None = None, snapshot: bool = True,
+    ) -> LiveQuery:  # fmt: skip
+        """Follow `SELECT ... FROM table [WHERE ...]`: the rows that are there, then each change.
+
+        `last_rows` begins with the newest rows only, `from_seq` with what changed after that `_seq`,
+        `snapshot=False` with nothing. With `callback` each change is handed to it in a thread of the client.
+        """
+        live = LiveQuery(self._socket, callback)
+        live.feed = Feed(
+            f"sub-{next(self._numbers)}", sql, live.emit, live.ended, from_seq, last_rows, batch_size, snapshot
+        )
+        self._socket.add(live.feed)
+        return live
+
+    def _token(self, fresh: bool) -> str:
+        if fresh:
+            self._run(self._calls.renew())
+        return self._run(self._calls.access_token())
 
     # Jobs
 
