@@ -30,6 +30,7 @@ from kalamdb.version import VERSION
 if TYPE_CHECKING:
     from kalamdb.async_database import AsyncDatabase, aconnect
     from kalamdb.backup.restore import restore
+    from kalamdb.client import AsyncClient, Client
     from kalamdb.database import Database
     from kalamdb.opening import connect
     from kalamdb.result import Result
@@ -51,6 +52,10 @@ def __getattr__(name: str) -> Any:
         from kalamdb import async_database
 
         return getattr(async_database, name)
+    if name in ("Client", "AsyncClient"):
+        from kalamdb import client
+
+        return getattr(client, name)
     if name == "restore":
         from kalamdb.backup.restore import restore
 
@@ -63,7 +68,9 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
+    "AsyncClient",
     "AsyncDatabase",
+    "Client",
     "Cancelled",
     "Closed",
     "Conflict",

@@ -9,7 +9,7 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake
 
 from kalamdb.client.live import CHANGES_WAITING_MAX, PING, PING_INTERVAL_S, RECONNECT_MAX_S, Change, Feed, LiveProtocol
-from kalamdb.errors import KalamDbError, Timeout, Unauthenticated
+from kalamdb.errors import Closed, KalamDbError, Timeout, Unauthenticated
 
 _RECONNECT_S = 0.1
 _OPEN_TIMEOUT_S = 10.0
@@ -24,13 +24,19 @@ class AsyncLiveQuery:
         self._error: KalamDbError | None = None
         self.feed: Feed
 
-    async def next(self, timeout_s: float | None = None) -> Change | None:
-        """The next change; None when the query was closed. Raises Timeout, and the error that ended it."""
+    async def next(self, timeout_s: float | None = None) -> Change:
+        """The next change. Raises Timeout, Closed after `close`, or the error that ended the query."""
         try:
             async with asyncio.timeout(timeout_s):
-                change = await self._changes.get()
+                found = await self._wait()
         except TimeoutError:
-            raise Timeout(f"no change came within {timeout_s} s") from None
+            raise Timeout(f"no change came within {timeout_s:g} s") from None
+        if found is None:
+            raise Closed("the live query was closed")
+        return found
+
+    async def _wait(self) -> Change | None:
+        change = await self._changes.get()
         self._socket.taken(self._changes.qsize())
         if change is None:
             self._changes.put_nowait(None)
@@ -39,7 +45,7 @@ class AsyncLiveQuery:
         return change
 
     async def __aiter__(self) -> AsyncIterator[Change]:
-        while (change := await self.next()) is not None:
+        while (change := await self._wait()) is not None:
             yield change
 
     async def __aenter__(self) -> AsyncLiveQuery:
@@ -52,6 +58,11 @@ class AsyncLiveQuery:
     def ready(self) -> bool:
         """Whether the rows that are there have come, so that what comes now are changes."""
         return self.feed.ready
+
+    @property
+    def last_seq(self) -> int | None:
+        """`_seq` of the newest change that came; where `from_seq` of another live query goes on."""
+        return self.feed.last_seq
 
     async def close(self) -> None:
         """Ask for no more changes. Idempotent."""

@@ -11,7 +11,7 @@ from websockets.sync.client import ClientConnection, connect
 
 from kalamdb.client.live import CHANGES_WAITING_MAX, PING, PING_INTERVAL_S, RECONNECT_MAX_S, Change, Feed, LiveProtocol
 from kalamdb.clock import Clock
-from kalamdb.errors import KalamDbError, Timeout, Unauthenticated
+from kalamdb.errors import Closed, KalamDbError, Timeout, Unauthenticated
 
 _RECONNECT_S = 0.1
 _OPEN_TIMEOUT_S = 10.0
@@ -33,12 +33,18 @@ class LiveQuery:
         self._closed = threading.Event()
         self.feed: Feed
 
-    def next(self, timeout_s: float | None = None) -> Change | None:
-        """The next change; None when the query was closed. Blocks. Raises Timeout, and the error that ended it."""
+    def next(self, timeout_s: float | None = None) -> Change:
+        """The next change. Blocks; raises Timeout, Closed after `close`, or the error that ended the query."""
+        found = self._wait(timeout_s)
+        if found is None:
+            raise Closed("the live query was closed")
+        return found
+
+    def _wait(self, timeout_s: float | None) -> Change | None:
         try:
             change = self._changes.get(timeout=timeout_s)
         except queue.Empty:
-            raise Timeout(f"no change came within {timeout_s} s") from None
+            raise Timeout(f"no change came within {timeout_s:g} s") from None
         if change is None:
             self._changes.put(None)
             if self._error is not None:
@@ -46,7 +52,7 @@ class LiveQuery:
         return change
 
     def __iter__(self) -> Iterator[Change]:
-        while (change := self.next()) is not None:
+        while (change := self._wait(None)) is not None:
             yield change
 
     def __enter__(self) -> LiveQuery:
@@ -59,6 +65,11 @@ class LiveQuery:
     def ready(self) -> bool:
         """Whether the rows that are there have come, so that what comes now are changes."""
         return self.feed.ready
+
+    @property
+    def last_seq(self) -> int | None:
+        """`_seq` of the newest change that came; where `from_seq` of another live query goes on."""
+        return self.feed.last_seq
 
     def close(self) -> None:
         """Ask for no more changes. Idempotent."""

@@ -161,7 +161,7 @@ class Calls:
         """The id of a new job."""
         text = msgspec.json.encode({} if params is None else params).decode()
         result = yield from self.execute(f"CALL create_job({wire.literal(job_type)}, {wire.literal(text)})", None)
-        return str(result.scalar())
+        return (result.message or "").rpartition(" ")[2]
 
     def job(self, job_id: str) -> Call[dict[str, Any]]:
         """A job as system.jobs has it. Raises NotFound."""

@@ -72,13 +72,18 @@ class Feed:
     snapshot: bool = True
     last_seq: int | None = None
     ready: bool = False
-    _resumed_at: int | None = None
+    _resumed_at: int | None = field(init=False)
     _readers: dict[str, Callable[[Any], Any] | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._resumed_at = self.from_seq
 
     def subscribe(self) -> dict[str, Any]:
         """The message that begins it, or goes on after the last change that was seen."""
+        if self.ready and self.last_seq is not None:
+            # Before it was ready, deletions of rows that came may be missing: it begins where it began.
+            self._resumed_at = self.last_seq
         self.ready = False
-        self._resumed_at = self.last_seq if self.last_seq is not None else self.from_seq
         options: dict[str, Any] = {} if self.batch_size is None else {"batch_size": self.batch_size}
         if self._resumed_at is not None:
             options["from"] = str(self._resumed_at)

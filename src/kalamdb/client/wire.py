@@ -27,7 +27,8 @@ from kalamdb.errors import (
     Unavailable,
     UniqueViolation,
 )
-from kalamdb.result import Result, RowsFirst
+from kalamdb.result import OutputColumn, Result, RowsFirst
+from kalamdb.schema import DataType, TypeName
 from kalamdb.sql.tokens import TokenKind, tokenize
 
 Params = Sequence[Any] | Mapping[str, Any] | None
@@ -272,15 +273,40 @@ def _result(wire: Mapping[str, Any]) -> Result:
     schema = wire.get("schema") or []
     if not schema:
         return Result(row_count=int(wire["row_count"]), message=wire.get("message"))
-    names = [field["name"] for field in schema]
     readers = [reader(field["data_type"]) for field in schema]
-    columns = list(zip(*wire.get("rows") or [], strict=True)) or [()] * len(names)
+    columns = list(zip(*wire.get("rows") or [], strict=True)) or [()] * len(schema)
     values = [
         column if read is None else [None if one is None else read(one) for one in column]
         for read, column in zip(readers, columns, strict=True)
     ]
     rows = list(zip(*values, strict=True))
-    return Result(RowsFirst(names, rows, lambda: _table(schema, values)), message=wire.get("message"))
+    result = Result(
+        RowsFirst(
+            tuple(map(output_column, schema)),
+            rows,
+            lambda: rows,
+            lambda: _table(schema, values),
+            lambda: _table(schema, [()] * len(schema)).schema,
+        ),  # fmt: skip
+        message=wire.get("message"),
+    )
+    result.as_user = wire.get("as_user")
+    return result
+
+
+def output_column(field: Mapping[str, Any]) -> OutputColumn:
+    """A column as the wire describes it."""
+    return OutputColumn(field["name"], _kind(field["data_type"]), tuple(field.get("flags", ())))
+
+
+def _kind(data_type: Any) -> DataType:
+    match data_type:
+        case {"Decimal": {"precision": precision, "scale": scale}}:
+            return DataType(TypeName.DECIMAL, precision=precision, scale=scale)
+        case {"Embedding": size}:
+            return DataType(TypeName.EMBEDDING, size=size)
+        case _:
+            return DataType(TypeName(str(data_type).upper()))
 
 
 def _table(schema: Sequence[Mapping[str, Any]], values: Sequence[Sequence[Any]]) -> Any:

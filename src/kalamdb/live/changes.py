@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from kalamdb.live.filters import Filter, Test, columns_of, compile_filter, equality
 from kalamdb.schema import DataType, TypeName
 from kalamdb.tables.codec import Stored, ValueCodec, codec_of
 from kalamdb.tables.layout import Layout, Row
 from kalamdb.types import Seq
+
+T = TypeVar("T")
 
 SEQ_NAME, DELETED_NAME = "_seq", "_deleted"
 _CHANGE_BYTES = 300
@@ -62,7 +64,7 @@ class Change:
         self.former = former
         self.size = _CHANGE_BYTES + sum(_size(values) for values in (new, former) if values is not None)
         """Bytes that it takes in memory, about."""
-        self._encoded: dict[Hashable, bytes] | None = None
+        self._encoded: dict[Hashable, Any] | None = None
 
     @property
     def row(self) -> dict[str, Any] | None:
@@ -75,7 +77,7 @@ class Change:
         `_seq` of the deletion."""
         return None if self.former is None else self.former.dict()
 
-    def encoded(self, key: Hashable, encoder: Callable[[Change], bytes]) -> bytes:
+    def encoded(self, key: Hashable, encoder: Callable[[Change], T]) -> T:
         """What `encoder` makes of the change, made once per `key`. For calls from any threads."""
         known = self._encoded
         if known is None:
@@ -83,7 +85,7 @@ class Change:
         found = known.get(key)
         if found is None:
             found = known[key] = encoder(self)
-        return found
+        return cast(T, found)
 
     def __repr__(self) -> str:
         return f"Change({self.type}, {self.seq}, {self.row}, {self.old_values})"

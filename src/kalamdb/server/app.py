@@ -1,8 +1,10 @@
-"""Routes of the original whose features this server has not."""
+"""Routes without a part of their own: the module for browsers, and features of the original that are not here."""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
+from hashlib import sha256
+from importlib.resources import files
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -18,6 +20,20 @@ _ABSENT: tuple[tuple[str, str, str], ...] = (
     ("/ui/{path:path}", "GET", "the admin pages are"),
 )
 """Path, method, what is missing."""
+
+
+def static_routes() -> Sequence[BaseRoute]:
+    """`/kalamdb.js`, the client for browsers."""
+    content = files("kalamdb.server").joinpath("static", "kalamdb.js").read_bytes()
+    tag = f'"{sha256(content).hexdigest()[:16]}"'
+    headers = {"etag": tag, "cache-control": "no-cache", "cross-origin-resource-policy": "cross-origin"}
+
+    async def answer(request: Request) -> Response:
+        if request.headers.get("if-none-match") == tag:
+            return Response(status_code=304, headers=headers)
+        return Response(content, headers=headers, media_type="text/javascript; charset=utf-8")
+
+    return [Route("/kalamdb.js", answer, methods=["GET"])]
 
 
 def absent_routes() -> Sequence[BaseRoute]:

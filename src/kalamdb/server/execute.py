@@ -148,7 +148,7 @@ class SqlRoute:
         )
         self._timeout_s: float = settings["execution.handler_timeout_seconds"]
         self._result_bytes_max: int = settings["limits.result_bytes_max"]
-        self._threads = QueryThreads(
+        self.threads = QueryThreads(
             settings["execution.query_threads"] or os.cpu_count() or 2,
             queue_max=settings["execution.queue_max"],
             wait_s=settings["execution.queue_wait_s"],
@@ -165,7 +165,7 @@ class SqlRoute:
     def stop(self) -> None:
         """Cancel what runs; new requests are refused. To be called on the loop, or after it. Idempotent."""
         self._queries.cancel_all("the server stops")
-        self._threads.close()
+        self.threads.close()
 
     def close(self) -> None:
         """Stop, and let the last commits become durable. Blocks for the disk."""
@@ -308,7 +308,7 @@ class SqlRoute:
         watching = asyncio.create_task(_watch(receive, query))
         timer = loop.call_later(query.left_s(), end)
         try:
-            async with self._threads.slot(call.identity.user, query.left_s()) as start:
+            async with self.threads.slot(call.identity.user, query.left_s()) as start:
                 query.state = QueryState.RUNNING
                 pipe = Pipe(loop, query)
                 start(partial(self._work, call, pipe))

@@ -99,6 +99,7 @@ class QueryThreads:
 
     def __init__(self, threads: int, *, queue_max: int, wait_s: float) -> None:
         self.slots = QuerySlots(threads, queue_max=queue_max, wait_s=wait_s)
+        self._wait_s = wait_s
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="kalamdb-query")
 
     @contextlib.asynccontextmanager
@@ -125,6 +126,11 @@ class QueryThreads:
                 started[0].add_done_callback(lambda done: self._through(user, done))
             else:
                 self.slots.release(user)
+
+    async def run(self, user: str, work: Callable[[], None]) -> None:
+        """Run the work in a slot of the user, and wait for its end. Raises RateLimited, and what the work raises."""
+        async with self.slot(user, self._wait_s) as start:
+            await start(work)
 
     def _through(self, user: str, done: asyncio.Future[None]) -> None:
         if not done.cancelled():

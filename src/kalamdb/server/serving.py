@@ -18,13 +18,14 @@ import uvloop
 from kalamdb.config import Settings
 from kalamdb.database import Database
 from kalamdb.opening import hold
-from kalamdb.server.app import absent_routes
+from kalamdb.server.app import absent_routes, static_routes
 from kalamdb.server.auth import open_auth
 from kalamdb.server.edge import Edge, peer_of
 from kalamdb.server.execute import SqlRoute
 from kalamdb.server.guards import Guards
 from kalamdb.server.health import Condition, HealthRoutes, Phase
 from kalamdb.server.listener import Listener, connection_limits, first_of
+from kalamdb.server.live_socket import LiveRoute, LiveServices, origin_check, socket_limits
 from kalamdb.server.logs import AccessLog, configure_logging
 from kalamdb.server.metrics import Metrics, MetricsRoute
 from kalamdb.server.openapi import openapi_routes
@@ -99,6 +100,12 @@ class Serving:
         guards = Guards(settings, clock)
         self._auth = open_auth(context, host=host, sender_of=lambda request: peer_of(request.scope))
         self._sql = SqlRoute(database, self._auth.authenticator)
+        self._live = LiveRoute(
+            LiveServices(
+                context.live, self._auth.authenticator, self.sockets, clock, socket_limits(settings),
+                self._sql.threads.run, origin_check(settings),
+            )
+        )  # fmt: skip
         metrics = Metrics(database)
         context.backend.observe(metrics.on_commit)
         self._tracing = make_tracing(settings, clock)
@@ -108,6 +115,8 @@ class Serving:
         routes = [
             *self._auth.routes,
             *self._sql.routes(),
+            *self._live.routes(),
+            *static_routes(),
             *HealthRoutes(database, self.condition, guards, address=lambda: self.listener.url).routes(),
             *MetricsRoute(metrics, guards, lambda header: self._auth.authenticator.bearer(header).role).routes(),
             *openapi_routes(),

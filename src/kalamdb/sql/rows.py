@@ -30,7 +30,7 @@ from kalamdb.types import Scope, TableKind
 
 _CALL = re.compile(r"(NOW|CURRENT_TIMESTAMP|SNOWFLAKE_ID|UUID_V7|ULID|CURRENT_USER)\s*(\(\s*\))?\Z", re.IGNORECASE)
 _STEP = re.compile(r"\s*([A-Za-z]\w*)\s*([+-])\s*(\d{1,18})\s*\Z")
-_EXCLUDED = re.compile(r"\s*excluded\s*\.\s*([A-Za-z]\w*)\s*\Z", re.IGNORECASE)
+_EXCLUDED = re.compile(r"\s*excluded\s*\.\s*(?:([A-Za-z]\w*)|\"([^\"]+)\")\s*\Z", re.IGNORECASE)
 
 
 class Rows:
@@ -170,6 +170,9 @@ class Rows:
             )
         if clause.action is st.ConflictAction.IGNORE:
             return OnConflict.IGNORE, None
+        # A key column that is set to the proposed value is what it was: the keys are equal.
+        same = [pair for pair in clause.assignments if pair[0] in key and _proposed(pair[1]) == pair[0]]
+        clause = replace(clause, assignments=tuple(pair for pair in clause.assignments if pair not in same))
         self._check_assigned(entry, layout, [column for column, _ in clause.assignments])
 
         def merge(pairs: Sequence[tuple[Row, Row]]) -> Sequence[Row | None]:
@@ -199,8 +202,8 @@ class Rows:
                 constant = codec.store(caller.bind(value), where=where)
                 for row in rows:
                     row[at] = constant
-            elif (match := _EXCLUDED.match(value.sql)) and match.group(1).lower() in layout.index_of_name:
-                source = layout.index_of_name[match.group(1).lower()]
+            elif (name := _proposed(value)) in layout.index_of_name:
+                source = layout.index_of_name[name]
                 for row, (_, proposed) in zip(rows, pairs, strict=True):
                     row[at] = codec.store(layout.codecs[source].load(proposed[source]), where=where)
             else:
@@ -561,3 +564,9 @@ def refuse_nulls(layout: Layout, rows: Sequence[Row]) -> None:
 
 def _null_violation(name: str) -> InvalidRequest:
     return InvalidRequest(f"NOT NULL constraint violation: column '{name}' cannot be NULL")
+
+
+def _proposed(value: st.Expr) -> str:
+    """The column that EXCLUDED.column names; empty for other expressions."""
+    match = _EXCLUDED.match(value.sql) if isinstance(value, st.EngineExpr) else None
+    return "" if match is None else match.group(2) or match.group(1).lower()

@@ -308,7 +308,7 @@ export class Subscription {
     /** The largest `_seq` seen. @type {bigint | null} */
     this.lastSeq = options.from === undefined ? null : BigInt(options.from);
     /** Where the server was asked to go on: it may send again what came before. @type {bigint | null} */
-    this._resumed = null;
+    this._resumed = this.lastSeq;
     this.ready = false;
     this.closed = false;
     /** @type {KalamDbError | null} */
@@ -350,13 +350,15 @@ export class Subscription {
   /** The `subscribe` message; after a reconnect it continues where the last one ended. */
   _message() {
     const { batchSize, lastRows, snapshot } = this.options;
-    this._resumed = this.lastSeq;
+    // Before it was ready, deletions of rows that came may be missing: it begins where it began.
+    if (this.ready) this._resumed = this.lastSeq;
+    else if (this._resumed === null) this._forget();
     this.ready = false;
     /** @type {Record<string, any>} */
     const options = batchSize ? { batch_size: batchSize } : {};
-    if (this.lastSeq !== null) options.from = this.lastSeq.toString();
+    if (this._resumed !== null) options.from = this._resumed.toString();
     else if (lastRows !== undefined) options.last_rows = lastRows;
-    const wanted = snapshot !== false || this.lastSeq !== null;
+    const wanted = snapshot !== false || this._resumed !== null;
     return { type: "subscribe", subscription: { id: this.id, sql: this.sql, ...(wanted ? { options } : {}) } };
   }
 

@@ -1,0 +1,5 @@
+"""The clients are tested against a real server process."""
+
+from tests.server.conftest import shared
+
+__all__ = ["shared"]
