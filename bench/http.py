@@ -15,16 +15,18 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import count
 
-import jwt
+import httpx
 import msgspec
 
 from bench.harness import Figure, machine, show
 from kalamdb.clock import SystemClock
 
 _SECRET = "the secret of the benchmark, longer than 32 characters"
+_PASSWORD = "Bench-Secret-1"
 _GOAL = 0.35
 _ROWS = 200
 _clock = SystemClock()
@@ -90,24 +92,25 @@ def server(arguments: list[str], environment: dict[str, str]) -> Iterator[int]:
 
 
 @contextmanager
-def database(durability: str) -> Iterator[int]:
-    """A served database with a table of 200 rows; its port."""
+def database(durability: str) -> Iterator[tuple[int, str]]:
+    """A served database with a table of 200 rows; its port, and a token for it."""
     with tempfile.TemporaryDirectory(prefix="kalamdb-bench-") as folder:
         environment = {
             "KALAMDB_JWT_SECRET": _SECRET, "KALAMDB_STORAGE_DURABILITY": durability,
-            "KALAMDB_ROOT_PASSWORD": "Bench-Secret-1", "KALAMDB_AUTH_BCRYPT_COST": "4",
+            "KALAMDB_ROOT_PASSWORD": _PASSWORD, "KALAMDB_AUTH_BCRYPT_COST": "4",
             "KALAMDB_LOGGING_ACCESS_LOG": "false", "KALAMDB_LIMITS_DEFAULT_QUERY_LIMIT": "0",
         }  # fmt: skip
         command = [sys.executable, "-c", "from kalamdb.cli import app; app()", "serve", "--data-dir", folder]
         with server(command, environment) as port:
-            wire = Wire(port, token())
+            token = log_in(port)
+            wire = Wire(port, token)
             run(wire, "CREATE NAMESPACE bench")
             run(wire, "CREATE SHARED TABLE bench.t (id BIGINT PRIMARY KEY, name TEXT, score DOUBLE, n INT)")
             run(wire, "CREATE SHARED TABLE bench.read (id BIGINT PRIMARY KEY, name TEXT, score DOUBLE, n INT)")
             rows = ", ".join(f"({id}, 'name {id}', {id}.5, {id})" for id in range(_ROWS))
             run(wire, f"INSERT INTO bench.read VALUES {rows}")
             wire.close()
-            yield port
+            yield port, token
 
 
 @contextmanager
@@ -117,11 +120,13 @@ def echo() -> Iterator[int]:
         yield port
 
 
-def token() -> str:
+def log_in(port: int) -> str:
     """An access token of root."""
-    now_s = _clock.now_ms() // 1000
-    claims = {"iss": "kalamdb", "sub": "root", "role": "system", "token_type": "access", "iat": now_s}
-    return jwt.encode({**claims, "exp": now_s + 36000, "email": None}, _SECRET, algorithm="HS256")
+    answer = httpx.post(
+        f"http://127.0.0.1:{port}/v1/api/auth/login", json={"user": "root", "password": _PASSWORD}, trust_env=False
+    )
+    token: str = answer.raise_for_status().json()["access_token"]
+    return token
 
 
 def body(sql: str) -> bytes:
@@ -163,35 +168,33 @@ def workloads() -> dict[str, Callable[[], bytes]]:
     }
 
 
-def rate(port: int, make: Callable[[], bytes], connections: int, seconds: float) -> float:
-    """Requests a second over so many connections."""
-    wires = [Wire(port, _TOKEN) for _ in range(connections)]
-    done = [0] * connections
-    end_s = time.perf_counter() + seconds
-
-    def work(at: int) -> None:
-        while time.perf_counter() < end_s:
-            wires[at].post(make())
-            done[at] += 1
-
+def rate(port: int, token: str, make: Callable[[], bytes], connections: int, seconds: float) -> float:
+    """Requests a second over so many connections. Raises RuntimeError when one fails."""
+    wires = [Wire(port, token) for _ in range(connections)]
     start = time.perf_counter()
-    threads = [threading.Thread(target=work, args=(at,)) for at in range(connections)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+
+    def work(wire: Wire) -> int:
+        done = 0
+        while time.perf_counter() - start < seconds:
+            wire.post(make())
+            done += 1
+        return done
+
+    with ThreadPoolExecutor(connections) as pool:
+        done = sum(pool.map(work, wires))
+    taken = time.perf_counter() - start
     for wire in wires:
         wire.close()
-    return sum(done) / (time.perf_counter() - start)
+    return done / taken
 
 
 def compare(durability: str, seconds: float) -> Iterator[Figure]:
     """Each workload with 1 and 10 connections; the echo is measured right before it."""
-    with database(durability) as port, echo() as other:
+    with database(durability) as (port, token), echo() as other:
         for name, make in workloads().items():
             for connections in (1, 10):
-                bare = rate(other, _insert, connections, seconds)
-                ours = rate(port, make, connections, seconds)
+                bare = rate(other, token, _insert, connections, seconds)
+                ours = rate(port, token, make, connections, seconds)
                 aimed = durability == "commit" and connections == 10 and make is _insert
                 yield Figure(
                     f"{name}, {connections} connection{'s' * (connections > 1)}, durability {durability}",
@@ -227,9 +230,6 @@ def serve_echo(port: int) -> None:
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(serve())
-
-
-_TOKEN = token()
 
 
 def main(quick: bool) -> bool:
