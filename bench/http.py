@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from itertools import count
+from itertools import count, cycle
 
 import httpx
 import msgspec
@@ -129,9 +129,9 @@ def log_in(port: int) -> str:
     return token
 
 
-def body(sql: str) -> bytes:
+def body(sql: str, *params: object) -> bytes:
     """A request."""
-    return msgspec.json.encode({"sql": sql})
+    return msgspec.json.encode({"sql": sql, "params": params} if params else {"sql": sql})
 
 
 def run(wire: Wire, sql: str) -> bytes:
@@ -143,6 +143,10 @@ _ids = count(1_000_000)
 
 
 def _insert() -> bytes:
+    return body("INSERT INTO bench.t (id, name, score, n) VALUES ($1, $2, $3, $4)", next(_ids), "a name", 1.5, 7)
+
+
+def _insert_literals() -> bytes:
     return body(f"INSERT INTO bench.t (id, name, score, n) VALUES ({next(_ids)}, 'a name', 1.5, 7)")
 
 
@@ -152,19 +156,19 @@ def _insert_50() -> bytes:
 
 
 def _ids_of(ids: Iterator[int], text: str) -> Callable[[], bytes]:
-    return lambda: body(text.format(next(ids)))
+    return lambda: body(text, next(ids))
 
 
 def workloads() -> dict[str, Callable[[], bytes]]:
     """What is measured: name -> the next request."""
-    cycle = count()
     return {
         "INSERT of one row": _insert,
-        "INSERT of 50 rows": _insert_50,
-        "SELECT by key": lambda: body(f"SELECT * FROM bench.read WHERE id = {next(cycle) % _ROWS}"),
+        "INSERT of one row as literals": _insert_literals,
+        "INSERT of 50 rows as literals": _insert_50,
+        "SELECT by key": _ids_of(cycle(range(_ROWS)), "SELECT * FROM bench.read WHERE id = $1"),
         "SELECT of 200 rows": lambda: body("SELECT * FROM bench.read"),
-        "UPDATE by key": _ids_of(count(1_000_000), "UPDATE bench.t SET score = 2.5 WHERE id = {}"),
-        "DELETE by key": _ids_of(count(1_000_000), "DELETE FROM bench.t WHERE id = {}"),
+        "UPDATE by key": _ids_of(count(1_000_000), "UPDATE bench.t SET score = 2.5 WHERE id = $1"),
+        "DELETE by key": _ids_of(count(1_000_000), "DELETE FROM bench.t WHERE id = $1"),
     }
 
 
@@ -188,12 +192,15 @@ def rate(port: int, token: str, make: Callable[[], bytes], connections: int, sec
     return done / taken
 
 
+_ECHOED = body("INSERT INTO bench.t (id, name, score, n) VALUES ($1, $2, $3, $4)", 1, "a name", 1.5, 7)
+
+
 def compare(durability: str, seconds: float) -> Iterator[Figure]:
     """Each workload with 1 and 10 connections; the echo is measured right before it."""
     with database(durability) as (port, token), echo() as other:
         for name, make in workloads().items():
             for connections in (1, 10):
-                bare = rate(other, token, _insert, connections, seconds)
+                bare = rate(other, token, lambda: _ECHOED, connections, seconds)
                 ours = rate(port, token, make, connections, seconds)
                 aimed = durability == "commit" and connections == 10 and make is _insert
                 yield Figure(
