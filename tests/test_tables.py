@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import threading
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from pathlib import Path
 
@@ -254,3 +255,12 @@ def test_a_second_opener_learns_who_holds_the_directory(tmp_path: Path) -> None:
         kalamdb.connect(tmp_path / "data")
     assert refused.value.pid is not None
     kalamdb.connect(tmp_path / "data").close()
+
+
+def test_a_table_that_several_threads_make_if_it_is_not_there_is_made_once(open_db: Open) -> None:
+    db = open_db()
+    with ThreadPoolExecutor(8) as pool:
+        for at in range(20):
+            statement = f"CREATE SHARED TABLE IF NOT EXISTS t{at} (id INT PRIMARY KEY)"
+            messages = [one.message for one in pool.map(lambda _, sql=statement: db.execute(sql), range(8))]
+            assert messages.count(f"Table default.t{at} created successfully") == 1

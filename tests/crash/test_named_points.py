@@ -79,7 +79,7 @@ POINTS: dict[str, list[str]] = {
     ],
     "sweep": [*_UN_NAMING, *_UNLINKING, "after unlink mirror", "after remove folder", *_END],
     "large statement": [*_NAMING, *_FOLDER, *_FILE, *_PUBLISHING],
-    "retention": [*_NAMING, *_FILE, *_PUBLISHING, *_UNLINKING, *_MIRROR, *_PURGING, *_END],
+    "retention": [*_NAMING, *_FILE, *_PUBLISHING, *_UNLINKING, *_MIRROR, *_PURGING],
     "stream_eviction": [
         "before commit of the eviction", "after commit of the eviction", "after durability of the eviction", *_END,
     ],

@@ -471,7 +471,7 @@ def check_outcomes(outcomes: list[dict[str, Any]]) -> None:
     for outcome in outcomes:
         if outcome["error"] is not None:
             kind, text = outcome["error"]
-            assert kind in ("InvalidRequest", "LimitExceeded", "UniqueViolation", "Conflict"), outcome
+            assert kind in ("InvalidRequest", "QueryFailed", "LimitExceeded", "UniqueViolation", "Conflict"), outcome
             assert len(text) < _TEXT_MAX, outcome
             assert not [word for word in _FOREIGN if word in text], outcome
     slowest = sorted(outcomes, key=lambda one: -one["seconds"])[:3]

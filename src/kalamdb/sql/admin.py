@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from kalamdb.alter import AddColumn, AlterChange, ModifyColumn, RowProbe
 from kalamdb.catalog import Catalog, CatalogEntry, NamespaceNotFound, TableSpec
 from kalamdb.clock import Clock
-from kalamdb.errors import Denied, InvalidRequest, NotFound
+from kalamdb.errors import Conflict, Denied, InvalidRequest, NotFound
 from kalamdb.jobs import JobRequest, UnifiedJobManager
 from kalamdb.result import Result
 from kalamdb.schema import ColumnDef, TableDef
@@ -133,7 +133,13 @@ class Admin:
             checks=statement.checks,
             options=options,
         )
-        self._catalog.create_table(spec, lambda definition: self._try_checks(definition, caller))
+        try:
+            self._catalog.create_table(spec, lambda definition: self._try_checks(definition, caller))
+        except Conflict:
+            # Another statement may have made it since the look above.
+            if statement.if_not_exists and self._catalog.table(table_id) is not None:
+                return Result(message=f"Table {table_id} already exists")
+            raise
         return Result(message=f"Table {table_id} created successfully")
 
     def _create_view(self, statement: st.CreateView, caller: Caller) -> Result:

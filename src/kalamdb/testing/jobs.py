@@ -77,7 +77,9 @@ def open_manual(
 ) -> ManualDatabase:
     """Open a database whose jobs run in `drain` only; in memory without `path`, by a new SimulatedClock without
     `clock`. Settings as in `connect`; flush and compaction schedulers and schedules are off unless switched on."""
-    loaded = Settings.load({**_QUIET, **settings})
+    given = {name.replace(".", "_") for name in settings}
+    quiet = {key: value for key, value in _QUIET.items() if key.replace(".", "_") not in given}
+    loaded = Settings.load({**quiet, **settings})
     ran: list[JobId] = []
     folder = None if path is not None else Path(tempfile.mkdtemp(prefix="kalamdb-"))
 
