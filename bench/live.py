@@ -25,8 +25,6 @@ ROUNDS = 5
 class Socket:
     """Counts what it gets and when."""
 
-    pulls = False
-
     def __init__(self) -> None:
         self.left = 0
         self.at_s = 0.0

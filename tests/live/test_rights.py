@@ -28,8 +28,6 @@ SHARED = "SELECT * FROM app.s"
 class Collected:
     """A sink as a server has it: it takes what comes."""
 
-    pulls = False
-
     def __init__(self) -> None:
         self.calls: list[list[tuple[str, Change]]] = []
         self.ends: list[tuple[LiveCode, str]] = []

@@ -8,7 +8,16 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake
 
-from kalamdb.client.live import CHANGES_WAITING_MAX, PING, PING_INTERVAL_S, RECONNECT_MAX_S, Change, Feed, LiveProtocol
+from kalamdb.client.live import (
+    CHANGES_WAITING_MAX,
+    PING,
+    PING_INTERVAL_S,
+    RECONNECT_MAX_S,
+    STEADY_S,
+    Change,
+    Feed,
+    LiveProtocol,
+)
 from kalamdb.errors import Closed, KalamDbError, Timeout, Unauthenticated
 
 _RECONNECT_S = 0.1
@@ -61,7 +70,7 @@ class AsyncLiveQuery:
 
     @property
     def last_seq(self) -> int | None:
-        """`_seq` of the newest change that came; where `from_seq` of another live query goes on."""
+        """All up to this `_seq` has come; where `from_seq` of another live query goes on."""
         return self.feed.last_seq
 
     async def close(self) -> None:
@@ -132,16 +141,15 @@ class AsyncLiveSocket:
     async def _run(self) -> None:
         pause_s, fresh = _RECONNECT_S, False
         while len(self._protocol):
+            began_s = asyncio.get_running_loop().time()
             try:
                 async with connect(
                     self._url, open_timeout=_OPEN_TIMEOUT_S, compression=None, max_size=None, ping_interval=None
                 ) as connection:
                     await self._follow(connection, await self._token(fresh))
-                    pause_s, fresh = _RECONNECT_S, False
             except Unauthenticated as exc:
-                if fresh or exc.code != "TOKEN_EXPIRED":
+                if not self._protocol.online and (fresh or exc.code != "TOKEN_EXPIRED"):
                     self._protocol.end(exc)
-                    continue
                 fresh = True
                 continue
             except (ConnectionClosed, InvalidHandshake, OSError, TimeoutError):
@@ -152,6 +160,8 @@ class AsyncLiveSocket:
             finally:
                 self._connection = None
                 self._protocol.lost()
+            if asyncio.get_running_loop().time() - began_s > STEADY_S:
+                pause_s, fresh = _RECONNECT_S, False
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, RECONNECT_MAX_S)
 

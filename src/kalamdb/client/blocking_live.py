@@ -9,7 +9,16 @@ from collections.abc import Callable, Iterator
 from websockets.exceptions import ConnectionClosed, InvalidHandshake
 from websockets.sync.client import ClientConnection, connect
 
-from kalamdb.client.live import CHANGES_WAITING_MAX, PING, PING_INTERVAL_S, RECONNECT_MAX_S, Change, Feed, LiveProtocol
+from kalamdb.client.live import (
+    CHANGES_WAITING_MAX,
+    PING,
+    PING_INTERVAL_S,
+    RECONNECT_MAX_S,
+    STEADY_S,
+    Change,
+    Feed,
+    LiveProtocol,
+)
 from kalamdb.clock import Clock
 from kalamdb.errors import Closed, KalamDbError, Timeout, Unauthenticated
 
@@ -68,7 +77,7 @@ class LiveQuery:
 
     @property
     def last_seq(self) -> int | None:
-        """`_seq` of the newest change that came; where `from_seq` of another live query goes on."""
+        """All up to this `_seq` has come; where `from_seq` of another live query goes on."""
         return self.feed.last_seq
 
     def close(self) -> None:
@@ -152,14 +161,13 @@ class LiveSocket:
     def _run(self) -> None:
         pause_s, fresh = _RECONNECT_S, False
         while not self._idle():
+            began_s = self._clock.monotonic_s()
             try:
                 with connect(self._url, open_timeout=_OPEN_TIMEOUT_S, compression=None, max_size=None) as connection:
                     self._follow(connection, self._token(fresh))
-                    pause_s, fresh = _RECONNECT_S, False
             except Unauthenticated as exc:
-                if fresh or exc.code != "TOKEN_EXPIRED":
+                if not self._protocol.online and (fresh or exc.code != "TOKEN_EXPIRED"):
                     self._protocol.end(exc)
-                    continue
                 fresh = True
                 continue
             except (ConnectionClosed, InvalidHandshake, OSError, TimeoutError):
@@ -171,6 +179,8 @@ class LiveSocket:
                 with self._lock:
                     self._connection = None
                     self._protocol.lost()
+            if self._clock.monotonic_s() - began_s > STEADY_S:
+                pause_s, fresh = _RECONNECT_S, False
             self._clock.wait(self._wake, pause_s)
             pause_s = min(2 * pause_s, RECONNECT_MAX_S)
 

@@ -16,6 +16,7 @@ import msgspec
 
 from kalamdb.client.wire import reader
 from kalamdb.errors import (
+    Closed,
     Denied,
     InvalidRequest,
     KalamDbError,
@@ -27,11 +28,13 @@ from kalamdb.errors import (
 
 PING_INTERVAL_S = 5.0
 RECONNECT_MAX_S = 30.0
+STEADY_S = 5.0
+"""A socket that was open so long is opened again at once when it is lost."""
 CHANGES_WAITING_MAX = 10_000
 """Changes that wait for their reader; beyond it the socket is not read, and the server ends it in the end."""
 _ERRORS: Mapping[str, type[KalamDbError]] = {
     "UNAUTHORIZED": Denied, "NOT_FOUND": NotFound, "SUBSCRIPTION_LIMIT_EXCEEDED": LimitExceeded,
-    "MESSAGE_TOO_LARGE": LimitExceeded, "RATE_LIMIT_EXCEEDED": Unavailable, "AUTH_REQUIRED": Unauthenticated,
+    "MESSAGE_TOO_LARGE": LimitExceeded, "CLOSED": Closed,
 }  # fmt: skip
 
 
@@ -71,7 +74,10 @@ class Feed:
     batch_size: int | None = None
     snapshot: bool = True
     last_seq: int | None = None
+    """All up to here has come."""
     ready: bool = False
+    known: bool = False
+    """The server has accepted it before."""
     _resumed_at: int | None = field(init=False)
     _readers: dict[str, Callable[[Any], Any] | None] = field(default_factory=dict)
 
@@ -98,10 +104,19 @@ class Feed:
         """The server accepted it."""
         self._readers = {one["name"]: reader(one["data_type"]) for one in message.get("schema") or []}
         self._readers["_seq"] = int
+        self.known = True
         if message.get("resumed") is False:
             self._resumed_at = self.last_seq = None
-        if not self.snapshot and self._resumed_at is None:
-            self.ready = True
+        if not message["batch_control"]["has_more"]:
+            self._complete(message)
+
+    def _complete(self, message: Mapping[str, Any]) -> None:
+        self.ready = True
+        self._has_come(int(message.get("resume_from", 0)))
+
+    def _has_come(self, seq: int) -> None:
+        if seq and (self.last_seq is None or seq > self.last_seq):
+            self.last_seq = seq
 
     def batch(self, message: Mapping[str, Any]) -> dict[str, Any] | None:
         """Rows that are there; the message that asks for more of them."""
@@ -111,7 +126,7 @@ class Feed:
         control = message["batch_control"]
         if control["has_more"]:
             return {"type": "next_batch", "subscription_id": self.id, "last_seq_id": control.get("last_seq_id")}
-        self.ready = True
+        self._complete(message)
         return None
 
     def change(self, message: Mapping[str, Any]) -> None:
@@ -128,8 +143,7 @@ class Feed:
         seq = int(version["_seq"])
         if self._resumed_at is not None and seq <= self._resumed_at:
             return
-        if self.last_seq is None or seq > self.last_seq:
-            self.last_seq = seq
+        self._has_come(seq)
         self.emit(Change(kind, seq, self._values(row), self._values(old)))
 
     def _values(self, wire: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -182,7 +196,11 @@ class LiveProtocol:
             feed.ended(error)
 
     def received(self, frame: str | bytes) -> list[str]:
-        """A frame came: what to send. Raises Unauthenticated when the server refuses the token."""
+        """A frame came: what to send.
+
+        Raises Unauthenticated when the server refuses the token, or no longer takes it; Unavailable when it is to be
+        tried again on another socket.
+        """
         message = msgspec.json.decode(gzip.decompress(frame) if isinstance(frame, bytes) else frame)
         match message["type"]:
             case "auth_success":
@@ -209,9 +227,21 @@ class LiveProtocol:
             case "change":
                 feed.change(message)
             case "error":
-                self._feeds.pop(feed.id, None)
-                feed.ended(_ERRORS.get(message["code"], InvalidRequest)(message["message"]))
+                self._refused(feed, message["code"], message["message"])
         return []
+
+    def _refused(self, feed: Feed, code: str, text: str) -> None:
+        match code:
+            case "AUTH_REQUIRED":
+                raise Unauthenticated(text, "TOKEN_EXPIRED")
+            case "RATE_LIMIT_EXCEEDED":
+                raise Unavailable(text)
+            case "SUBSCRIPTION_LIMIT_EXCEEDED" if feed.known:
+                # Its place is still taken by its former socket, which the server has not missed yet.
+                raise Unavailable(text)
+            case _:
+                self._feeds.pop(feed.id, None)
+                feed.ended(_ERRORS.get(code, InvalidRequest)(text))
 
 
 PING = '{"type":"ping"}'

@@ -29,8 +29,6 @@ class Subscription:
     One thread may read; any may close.
     """
 
-    pulls = True
-
     def __init__(self, queries: LiveQueries, request: LiveRequest, caller: Caller) -> None:
         self._condition = threading.Condition()
         self._queue: deque[tuple[Change, Seq]] = deque()

@@ -113,8 +113,6 @@ class LiveQueries:
         self._published: Seq = 0
         """What lies behind was handed out: the last commit, or row of a large one."""
         self._thread: threading.Thread | None = None
-        self._behind: SimpleQueue[LiveSubscription | None] = SimpleQueue()
-        self._catching_up: threading.Thread | None = None
         self._stopped = False
         self._peak = 0
         self._delivered = 0
@@ -306,12 +304,10 @@ class LiveQueries:
             self._stopped = True
             for one in list(self._subscriptions.values()):
                 self.end(one, LiveCode.CLOSED, "the database is closed")
-            threads = [thread for thread in (self._thread, self._catching_up) if thread is not None]
+            thread = self._thread
         self._queue.put(_Stop())
-        self._behind.put(None)
-        for thread in threads:
-            if thread is not threading.current_thread():
-                thread.join()
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
 
     # Publishing
 
@@ -428,31 +424,7 @@ class LiveQueries:
             if one.state is State.LIVE:
                 one.rows_after = one.deletes_after = max(self._published, one.live_from)
                 one.state = State.READING
-                self.fallen_behind(one)
-
-    def fallen_behind(self, one: LiveSubscription) -> None:
-        """Let a READING subscription look up what it missed: by whoever reads its sink, or by a thread of ours."""
-        one.sink.behind(one)
-        if one.sink.pulls or one.state is not State.READING:
-            return
-        if self._catching_up is None:
-            self._catching_up = threading.Thread(target=self._catch_up, name="kalamdb-live-catch-up", daemon=True)
-            self._catching_up.start()
-        self._behind.put(one)
-
-    def _catch_up(self) -> None:
-        while (one := self._behind.get()) is not None:
-            try:
-                while one.has_batches:
-                    batch = one.next_batch()
-                    with self.lock:
-                        one.deliver([*batch.rows, *batch.deletes])
-                one.go_live()
-            except KalamDbError as exc:
-                self.end(one, code_of(exc), str(exc))
-            except Exception:
-                _log.exception("subscription '%s' cannot catch up", one.live_id)
-                self.end(one, LiveCode.FAILED, "an internal error; see the log")
+                one.sink.behind(one)
 
     # Following definitions and rights
 

@@ -73,15 +73,13 @@ class LiveRequest:
 class LiveSink(Protocol):
     """Where changes go. Called from the publisher's thread under its lock: must not block."""
 
-    pulls: bool
-    """Whether whoever reads the sink calls `next_batch` when the subscription has fallen behind."""
-
     def deliver(self, changes: Sequence[tuple[LiveSubscription, Change]]) -> None:
         """Take over all changes of one commit for this sink, in order."""
         ...
 
     def behind(self, subscription: LiveSubscription) -> None:
-        """The subscription has fallen behind; nothing comes until its batches were read."""
+        """The subscription has fallen behind: nothing comes until its batches were read and it went live again, or
+        ever, when the sink leaves that to another subscription."""
         ...
 
     def ended(self, subscription: LiveSubscription, code: LiveCode, message: str) -> None:
@@ -234,7 +232,7 @@ class LiveSubscription:
         with self.queries.lock:
             self.initial = False
             if self.state is State.READING:
-                self.queries.fallen_behind(self)
+                self.sink.behind(self)
             elif self.state is State.KEEPING:
                 self.live_from = self.rows_after
                 kept, self.kept, self.kept_bytes = self.kept, [], 0

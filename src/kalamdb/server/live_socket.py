@@ -9,19 +9,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import threading
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 from urllib.parse import parse_qs
 
 import msgspec
-from starlette.routing import BaseRoute, WebSocketRoute
 from starlette.types import Message, Receive, Scope, Send
 
 from kalamdb.clock import Clock, ulid
-from kalamdb.errors import InvalidRequest, KalamDbError, Unauthenticated
-from kalamdb.live import Change, LiveCode, LiveOptions, LiveQueries, LiveRequest, LiveSubscription, code_of
+from kalamdb.errors import InvalidRequest, KalamDbError, RateLimited, Unauthenticated
+from kalamdb.live import Batch, Change, LiveCode, LiveOptions, LiveQueries, LiveRequest, LiveSubscription, code_of
 from kalamdb.result import OutputColumn
 from kalamdb.server.encode import schema_json
 from kalamdb.server.identity import Authenticator, Identity
@@ -136,18 +136,55 @@ class Doorbell:
 
 @dataclass(slots=True)
 class _Held:
-    """A subscription of this socket."""
+    """A subscription of this socket. `LiveQueries.lock` guards `subscription`, `announced`, `closed` and `ended`."""
 
-    subscription: LiveSubscription | None
     head: bytes
+    subscription: LiveSubscription | None = None
+    """None until a query thread has made it."""
+    announced: bool = False
+    """The acknowledgement is queued, so its end may be told."""
+    closed: bool = False
+    """Not wanted any more, perhaps before it was made."""
+    ended: tuple[LiveCode, str] | None = None
+    """How it ended before it was announced."""
     pages: int = 0
     ready: bool = False
 
 
+@dataclass(slots=True)
+class _Queue:
+    """Frames that wait for the loop. Thread-safe."""
+
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _frames: list[Frame] = field(default_factory=list)
+    _pages_bytes: int = 0
+    changes_bytes: int = 0
+    """Of changes, which come unasked."""
+
+    def put(self, frames: Sequence[Frame], *, asked_for: bool) -> None:
+        """Append frames; `asked_for` those that a client gets one by one as it asks."""
+        size = sum(map(_size, frames))
+        with self._lock:
+            self._frames += frames
+            if asked_for:
+                self._pages_bytes += size
+            else:
+                self.changes_bytes += size
+
+    def take(self) -> tuple[list[Frame], int]:
+        """All of them, and how many bytes of it were asked for."""
+        with self._lock:
+            frames, self._frames = self._frames, []
+            pages, self._pages_bytes, self.changes_bytes = self._pages_bytes, 0, 0
+        return frames, pages
+
+
+def _size(frame: Frame) -> int:
+    return len(frame) if isinstance(frame, bytes) or frame.isascii() else len(frame.encode())
+
+
 class LiveSocket:
     """One open WebSocket."""
-
-    pulls = False
 
     def __init__(self, services: LiveServices, doorbell: Doorbell, scope: Scope, receive: Receive, send: Send) -> None:
         self._services = services
@@ -162,9 +199,11 @@ class LiveSocket:
         self._identity: Identity | None = None
         self._connection_id = ulid(services.clock)
         self._held: dict[str, _Held] = {}
-        self._frames: deque[Frame] = deque()
-        self._bytes_in = 0
-        self._bytes_out = 0
+        self._forgetting: asyncio.Future[None] | None = None
+        """Closes the subscriptions of an expired token."""
+        self._queue = _Queue()
+        self._asked_bytes = 0
+        """Of what the wire may still hold: bytes that were asked for."""
         self._wire: Wire = scope["state"]["wire"]
         self._closing: tuple[int, str] | None = None
         self._left: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -172,6 +211,8 @@ class LiveSocket:
         self._gone = asyncio.Event()
         self._tokens = float(services.limits.messages_per_s_max)
         self._refilled_s = services.clock.monotonic_s()
+        self._is_late = False
+        """The client was told that it sends too much."""
         self._expiry: asyncio.TimerHandle | None = None
 
     # The loop's side
@@ -197,6 +238,8 @@ class LiveSocket:
                 self._expiry.cancel()
             await asyncio.wait([reading])
             await self._forget_all()
+            if self._forgetting is not None:
+                await self._forgetting
             self._gone.set()
         if not reading.cancelled() and (failed := reading.exception()) is not None:
             raise failed
@@ -233,21 +276,15 @@ class LiveSocket:
 
     def wake(self) -> None:
         """Send what is queued, in one write. What the other side has not taken counts as queued."""
-        frames = []
-        while self._frames:
-            frames.append(self._frames.popleft())
+        frames, asked_bytes = self._queue.take()
         if frames:
-            self._bytes_out += sum(map(len, frames))
+            # Pages are as long as they are; a client that takes them must not be cut off for it, again and again.
+            self._asked_bytes = asked_bytes + (self._asked_bytes if self._wire.buffered_bytes() else 0)
             self._wire.send_all(frames)
-        if self._wire.buffered_bytes() > self._services.limits.queue_bytes_max:
+        if self._wire.buffered_bytes() > self._services.limits.queue_bytes_max + self._asked_bytes:
             self._overflow()
         if self._closing is not None and not self._left.done():
             self._left.set_result(None)
-
-    @property
-    def queued_bytes(self) -> int:
-        """Bytes that wait to be written."""
-        return self._bytes_in - self._bytes_out + self._wire.buffered_bytes()
 
     async def _read(self) -> None:
         if not await self._first_authentication():
@@ -296,9 +333,11 @@ class LiveSocket:
         data = raw.get("text")
         if data is None:
             data = raw.get("bytes") or b""
-        if not self._allowed():
-            self._error("protocol", "RATE_LIMIT_EXCEEDED", "too many messages; send fewer per second")
-            return
+        await self._turn()
+        now_ms = self._services.clock.now_ms()
+        for held in list(self._held.values()):
+            if held.subscription is not None:
+                held.subscription.last_ping_ms = now_ms
         if len(data) > self._services.limits.message_bytes_max:
             self._error("protocol", "MESSAGE_TOO_LARGE", f"a message of {len(data)} bytes is too long")
             return
@@ -316,14 +355,19 @@ class LiveSocket:
             return
         await self._dispatch(message)
 
-    def _allowed(self) -> bool:
+    async def _turn(self) -> None:
+        """Wait until a message may be handled. Those above the rate are late, not lost: a client with a hundred
+        subscriptions sends them all when it comes back, and would wait for answers for ever."""
         now_s, rate = self._services.clock.monotonic_s(), self._services.limits.messages_per_s_max
-        self._tokens = min(float(rate), self._tokens + (now_s - self._refilled_s) * rate)
+        self._tokens = min(float(rate), self._tokens + (now_s - self._refilled_s) * rate) - 1
         self._refilled_s = now_s
-        if self._tokens < 1:
-            return False
-        self._tokens -= 1
-        return True
+        if self._tokens < 0:
+            if self._tokens + 1 >= 0 and not self._is_late:
+                self._error("protocol", "RATE_LIMIT_EXCEEDED", f"more than {rate} messages in a second; they wait")
+            self._is_late = True
+            await asyncio.sleep(-self._tokens / rate)
+        elif self._tokens > rate / 2:
+            self._is_late = False
 
     async def _dispatch(self, message: _Incoming) -> None:
         match message:
@@ -340,7 +384,7 @@ class LiveSocket:
             case _Unsubscribe():
                 held = self._held.pop(message.subscription_id, None)
                 if held is not None:
-                    await self._services.run(self._identity.user, lambda: _close(held))
+                    await asyncio.to_thread(self._close_held, [held])
 
     # Who asks
 
@@ -383,14 +427,24 @@ class LiveSocket:
             return
         self._identity = None
         for subscription_id in list(self._held):
-            self._error(subscription_id, "UNAUTHORIZED", "the token has expired; authenticate and subscribe again")
-        task = asyncio.ensure_future(self._forget_all())
-        task.add_done_callback(lambda done: None if done.cancelled() else done.exception())
+            self._error(subscription_id, "AUTH_REQUIRED", "the token has expired; authenticate and subscribe again")
+        self._forgetting = asyncio.ensure_future(self._forget_all())
+        loop, limits = asyncio.get_running_loop(), self._services.limits
+        self._expiry = loop.call_later(limits.auth_timeout_s, self._refuse, "Token expired")
 
     async def _forget_all(self) -> None:
         held, self._held = list(self._held.values()), {}
         if held:
-            await asyncio.to_thread(_close_all, held)
+            await asyncio.to_thread(self._close_held, held)
+
+    def _close_held(self, held: Sequence[_Held]) -> None:
+        """End subscriptions; one that is being made ends when it is."""
+        for one in held:
+            with self._services.live.lock:
+                one.closed = True
+                subscription = one.subscription
+            if subscription is not None:
+                subscription.close()
 
     # Subscriptions
 
@@ -408,12 +462,32 @@ class LiveSocket:
         if len(self._held) >= _PER_CONNECTION_MAX:
             self._error(wanted.id, "UNSUPPORTED", f"a connection carries at most {_PER_CONNECTION_MAX} subscriptions")
             return
-        held = self._held[wanted.id] = _Held(None, self._format.head(wanted.id))
+        if self._forgetting is not None:
+            # One of the same id may not be closed yet.
+            await self._forgetting
+        if not await self._room():
+            return
+        held = self._held[wanted.id] = _Held(self._format.head(wanted.id))
         try:
             await self._services.run(identity.user, lambda: self._begin(wanted, identity, held))
         except Exception as exc:  # noqa: BLE001 - whatever it was, the socket goes on
-            self._held.pop(wanted.id, None)
-            self._tell(wanted.id, exc, "SUBSCRIPTION_FAILED")
+            await self._failed(wanted.id, held, exc, "SUBSCRIPTION_FAILED")
+
+    async def _failed(self, subscription_id: str, held: _Held, exc: Exception, otherwise: str) -> None:
+        await asyncio.to_thread(self._close_held, [held])
+        if self._held.get(subscription_id) is held:
+            del self._held[subscription_id]
+            self._tell(subscription_id, exc, otherwise)
+
+    async def _room(self) -> bool:
+        """Wait until the client has taken what it asked for before; one that does not is cut off."""
+        try:
+            async with asyncio.timeout(self._services.limits.client_timeout_s):
+                await self._wire.drained()
+        except TimeoutError:
+            self._overflow()
+            self.wake()
+        return self._closing is None
 
     def _begin(self, wanted: _Wanted, identity: Identity, held: _Held) -> None:
         """In a query thread: subscribe, and send what comes at once."""
@@ -424,8 +498,14 @@ class LiveSocket:
             wanted.sql, options, subscription_id=wanted.id, connection_id=self._connection_id, bound=True
         )
         caller = Caller(identity.user, identity.role, "default", None, self._services.clock.now_ms())
-        subscription = self._services.live.subscribe(request, caller, self)
-        held.subscription = subscription
+        live = self._services.live
+        subscription = live.subscribe(request, caller, self)
+        with live.lock:
+            held.subscription = subscription
+            unwanted = held.closed
+        if unwanted:
+            subscription.close()
+            return
         has_batches = subscription.has_batches
         ack: dict[str, Any] = {
             "type": "subscription_ack", "subscription_id": wanted.id, "total_rows": 0,
@@ -434,7 +514,15 @@ class LiveSocket:
         }  # fmt: skip
         if options is not None and options.from_seq is not None:
             ack["resumed"] = subscription.resumed
-        self._enqueue(self._format.frame(ack))
+        if not has_batches:
+            ack["resume_from"] = str(subscription.rows_after)
+        frame = self._format.frame(ack)
+        with live.lock:
+            self._enqueue(frame)
+            held.announced = True
+            if held.ended is not None:
+                self.ended(subscription, *held.ended)
+                return
         if has_batches:
             self._page(wanted.id, held)
         else:
@@ -453,26 +541,29 @@ class LiveSocket:
         options = subscription.request.options or LiveOptions()
         short = len(batch.rows) < options.batch_size
         while batch.has_more and not batch.deletes and short:
-            self._send_page(subscription_id, held, batch.rows, has_more=True)
+            self._send_page(subscription_id, held, batch)
             batch = subscription.next_batch()
             short = not batch.rows
-        for change in batch.deletes:
-            self._enqueue(self._format.change(held.head, change))
-        self._send_page(subscription_id, held, batch.rows, has_more=batch.has_more)
+        self._enqueue(*(self._format.change(held.head, change) for change in batch.deletes))
+        self._send_page(subscription_id, held, batch)
         if not batch.has_more:
             held.ready = True
             subscription.go_live()
 
-    def _send_page(self, subscription_id: str, held: _Held, rows: Sequence[Change], *, has_more: bool) -> None:
-        status = "ready" if not has_more else "loading_batch" if held.pages else "loading"
-        control: dict[str, Any] = {"batch_num": held.pages, "has_more": has_more, "status": status}
-        if rows:
-            control["last_seq_id"] = rows[-1].seq
+    def _send_page(self, subscription_id: str, held: _Held, batch: Batch) -> None:
+        status = "ready" if not batch.has_more else "loading_batch" if held.pages else "loading"
+        control: dict[str, Any] = {"batch_num": held.pages, "has_more": batch.has_more, "status": status}
+        if batch.rows:
+            control["last_seq_id"] = batch.rows[-1].seq
         held.pages += 1
         message = {
             "type": "initial_data_batch", "subscription_id": subscription_id,
-            "rows": [wire_row(change.new) for change in rows if change.new is not None], "batch_control": control,
+            "rows": [wire_row(change.new) for change in batch.rows if change.new is not None],
+            "batch_control": control,
         }  # fmt: skip
+        if not batch.has_more:
+            # Later than the last row: whoever resumes there need not come within its time.
+            message["resume_from"] = str(batch.resume_seq)
         self._enqueue(self._format.frame(message))
 
     async def _next_batch(self, subscription_id: str, identity: Identity) -> None:
@@ -482,12 +573,12 @@ class LiveSocket:
         if held is None or held.subscription is None:
             self._error(subscription_id, "BATCH_FETCH_FAILED", f"'{subscription_id}' has no more batches")
             return
+        if not await self._room():
+            return
         try:
             await self._services.run(identity.user, lambda: self._page(subscription_id, held))
         except Exception as exc:  # noqa: BLE001 - whatever it was, the socket goes on
-            self._held.pop(subscription_id, None)
-            await asyncio.to_thread(_close, held)
-            self._tell(subscription_id, exc, "BATCH_FETCH_FAILED")
+            await self._failed(subscription_id, held, exc, "BATCH_FETCH_FAILED")
 
     # The publisher's side: a LiveSink
 
@@ -495,43 +586,51 @@ class LiveSocket:
         """Take over all changes of one commit."""
         if self._closing is not None:
             return
-        size = 0
+        frames = []
         for subscription, change in changes:
             held = self._held.get(subscription.request.subscription_id)
-            if held is not None:
-                frame = self._format.change(held.head, change)
-                size += len(frame)
-                self._frames.append(frame)
-        self._bytes_in += size
-        if self._bytes_in - self._bytes_out > self._services.limits.queue_bytes_max:
+            if held is not None and held.subscription is subscription:
+                frames.append(self._format.change(held.head, change))
+        self._queue.put(frames, asked_for=False)
+        if self._queue.changes_bytes > self._services.limits.queue_bytes_max:
             self._overflow()
         self._doorbell.ring(self)
 
     def behind(self, subscription: LiveSubscription) -> None:
-        """The publisher looks up what was missed, and delivers it."""
+        """See LiveSink. What was missed are rows and deletions, and where to resume is known only after all of them:
+        the client's own resume brings them in that order."""
+        self._overflow()
+        self._doorbell.ring(self)
 
     def ended(self, subscription: LiveSubscription, code: LiveCode, message: str) -> None:
         """Nothing comes any more."""
         subscription_id = subscription.request.subscription_id
+        held = self._held.get(subscription_id)
+        if held is None or held.subscription not in (None, subscription):
+            return
+        if not held.announced:
+            held.ended = (code, message)
+            return
         self._held.pop(subscription_id, None)
         self._error(subscription_id, str(code), message)
 
     # Frames
 
-    def _enqueue(self, frame: Frame) -> None:
-        """Send a frame. From any thread."""
-        self._frames.append(frame)
-        self._bytes_in += len(frame)
+    def _enqueue(self, *frames: Frame) -> None:
+        """Send what answers a message. From any thread."""
+        self._queue.put(frames, asked_for=True)
         self._doorbell.ring(self)
 
     def _error(self, subscription_id: str, code: str, message: str) -> None:
-        self._enqueue(
-            self._format.frame({"type": "error", "subscription_id": subscription_id, "code": code, "message": message})
-        )
+        message_ = {"type": "error", "subscription_id": subscription_id, "code": code, "message": message}
+        self._queue.put([self._format.frame(message_)], asked_for=False)
+        self._doorbell.ring(self)
 
     def _tell(self, subscription_id: str, exc: Exception, otherwise: str) -> None:
         if isinstance(exc, Unsupported):
             self._error(subscription_id, "UNSUPPORTED", str(exc))
+        elif isinstance(exc, RateLimited):
+            self._error(subscription_id, "RATE_LIMIT_EXCEEDED", str(exc))
         elif isinstance(exc, KalamDbError):
             code = code_of(exc)
             self._error(subscription_id, otherwise if code is LiveCode.FAILED else str(code), str(exc))
@@ -540,70 +639,14 @@ class LiveSocket:
             self._error(subscription_id, otherwise, "the server failed on this subscription")
 
 
-class LiveRoute:
-    """`GET /v1/ws`."""
-
-    def __init__(self, services: LiveServices) -> None:
-        self._services = services
-        self._doorbell: Doorbell | None = None
-
-    def routes(self) -> Sequence[BaseRoute]:
-        """What to mount."""
-        return [WebSocketRoute("/v1/ws", self), WebSocketRoute("/ws", self)]
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """The ASGI application of the route."""
-        if self._doorbell is None:
-            self._doorbell = Doorbell(asyncio.get_running_loop())
-        await LiveSocket(self._services, self._doorbell, scope, receive, send).run()
-
-
-def socket_limits(settings: Mapping[str, Any]) -> SocketLimits:
-    """The bounds of a socket that the settings ask for."""
-    return SocketLimits(
-        auth_timeout_s=settings["websocket.auth_timeout_secs"],
-        client_timeout_s=settings["websocket.client_timeout_secs"],
-        heartbeat_interval_s=settings["websocket.heartbeat_interval_secs"],
-        queue_bytes_max=settings["websocket.queue_bytes_max"],
-        message_bytes_max=min(settings["limits.max_message_size"], settings["security.max_ws_message_size"]),
-        messages_per_s_max=settings["rate_limit.max_messages_per_sec"],
-    )
-
-
-def origin_check(settings: Mapping[str, Any]) -> Callable[[Scope], bool]:
-    """Whether a page may open a socket: one of this server, or of [security.cors]. Who sends no Origin is no browser,
-    and passes unless `security.strict_ws_origin_check`."""
-    allowed = {origin.lower().rstrip("/") for origin in settings["security.cors.allowed_origins"]}
-    strict = settings["security.strict_ws_origin_check"]
-
-    def check(scope: Scope) -> bool:
-        headers = dict(scope["headers"])
-        origin = headers.get(b"origin")
-        if origin is None:
-            return not strict
-        text = origin.decode("latin-1").lower().rstrip("/")
-        own = headers.get(b"host", b"").decode("latin-1").lower()
-        return "*" in allowed or text in allowed or text.partition("://")[2] == own
-
-    return check
-
-
-def _close(held: _Held) -> None:
-    if held.subscription is not None:
-        held.subscription.close()
-
-
-def _close_all(held: Sequence[_Held]) -> None:
-    for one in held:
-        _close(one)
-
-
 def _options(given: _Options | None) -> LiveOptions | None:
     if given is None:
         return None
     after = given.from_ if given.from_ is not None else given.from_seq_id
     named: dict[str, Any] = {"last_rows": given.last_rows}
     if after is not None:
+        if isinstance(after, str) and not (after.isascii() and after.isdigit()):
+            raise InvalidRequest(f"from is {after[:40]!r}; a whole number is expected")
         named["from_seq"] = int(after)
     if given.batch_size is not None:
         named["batch_size"] = given.batch_size

@@ -381,6 +381,10 @@ class Wire:
         """Bytes that were sent and that the other side has not taken."""
         return self._protocol.transport.get_write_buffer_size()
 
+    async def drained(self) -> None:
+        """Wait until the other side has taken nearly all, or is gone."""
+        await self._protocol.writable.wait()
+
     def send_all(self, messages: Iterable[str | bytes]) -> None:
         """Send messages, a text or binary frame each, in one write. Does not wait for the other side.
 

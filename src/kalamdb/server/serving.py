@@ -25,7 +25,8 @@ from kalamdb.server.execute import SqlRoute
 from kalamdb.server.guards import Guards
 from kalamdb.server.health import Condition, HealthRoutes, Phase
 from kalamdb.server.listener import Listener, connection_limits, first_of
-from kalamdb.server.live_socket import LiveRoute, LiveServices, origin_check, socket_limits
+from kalamdb.server.live_route import LiveRoute, origin_check, socket_limits
+from kalamdb.server.live_socket import LiveServices
 from kalamdb.server.logs import AccessLog, configure_logging
 from kalamdb.server.metrics import Metrics, MetricsRoute
 from kalamdb.server.openapi import openapi_routes

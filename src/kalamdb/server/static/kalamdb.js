@@ -369,7 +369,7 @@ export class Subscription {
         this.schema = message.schema ?? [];
         // Everything comes again when the server no longer knows what was deleted meanwhile.
         if (message.resumed === false) this._forget();
-        if (this.options.snapshot === false && this._resumed === null) this._isReady();
+        if (!message.batch_control.has_more) this._isReady(message);
         break;
       case "initial_data_batch":
         this._snapshot(message);
@@ -396,11 +396,14 @@ export class Subscription {
     if (this.options.onSnapshot) this.options.onSnapshot(rows, this);
     if (control.has_more) {
       this.client._socket.send({ type: "next_batch", subscription_id: this.id, last_seq_id: control.last_seq_id });
-    } else this._isReady();
+    } else this._isReady(message);
   }
 
-  _isReady() {
+  /** @param {any} message Says where to go on, whatever was seen. */
+  _isReady(message) {
     this.ready = true;
+    const seq = BigInt(message.resume_from ?? 0);
+    if (seq > (this.lastSeq ?? 0n)) this.lastSeq = seq;
     this.options.onReady?.(this);
     this._changed();
   }
@@ -527,7 +530,8 @@ class Socket {
     this.socket = socket;
     socket.onopen = () => this.authenticate();
     socket.onmessage = (event) => {
-      this.reading = this.reading.then(() => this.read(event.data)).catch((error) => this.failed(error));
+      const read = () => (socket === this.socket ? this.read(event.data) : undefined);
+      this.reading = this.reading.then(read).catch((error) => this.failed(error));
     };
     socket.onclose = () => socket === this.socket && this.lost();
   }
@@ -556,7 +560,19 @@ class Socket {
         this.state("online");
       }
     } else if (message.type === "auth_error") await this.refused(message.message);
+    else if (message.type === "error" && message.code === "AUTH_REQUIRED") {
+      await this.refused(message.message);
+      this.lost();
+    } else if (message.type === "error" && this.mayRepeat(message)) this.lost();
     else this.subscriptions.get(message.subscription_id)?._receive(message);
+  }
+
+  /** Whether it is to be asked again on another socket: the server has no room now, or has not missed the former
+   * socket yet. @param {any} message */
+  mayRepeat(message) {
+    const subscription = this.subscriptions.get(message.subscription_id);
+    if (!subscription) return false;
+    return message.code === "RATE_LIMIT_EXCEEDED" || (message.code === "SUBSCRIPTION_LIMIT_EXCEEDED" && subscription.schema.length > 0);
   }
 
   /** @param {string} message */
