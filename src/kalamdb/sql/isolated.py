@@ -83,9 +83,13 @@ class Children:
         """End all children at once."""
         with self._lock:
             self._closed = True
-            children, self._idle = list(self._all), []
-        for child in children:
+            idle, self._idle = self._idle, []
+            busy = self._all.difference(idle)
+        for child in idle:
             self._drop(child)
+        for child in busy:
+            # Whoever reads from it sees the end and closes the socket; two that close it would close another's file.
+            child.kill()
 
     def _take(self) -> _Child:
         with self._lock:
@@ -95,8 +99,11 @@ class Children:
                 return self._idle.pop()
         child = _Child()
         with self._lock:
-            self._all.add(child)
-        return child
+            if not self._closed:
+                self._all.add(child)
+                return child
+        child.end()
+        raise Closed("the database is closed; open it again")
 
     def _give_back(self, child: _Child) -> None:
         with self._lock:
@@ -146,10 +153,14 @@ class _Child:
                 except (EOFError, OSError):
                     raise Closed("the process of the query ended: the engine crashed, or memory ran out") from None
 
-    def end(self) -> None:
-        """End the process now."""
+    def kill(self) -> None:
+        """End the process now. From any thread."""
         self._process.kill()
         self._process.wait()
+
+    def end(self) -> None:
+        """End the process now and let go of it. By its owner, once."""
+        self.kill()
         self._connection.close()
 
 
