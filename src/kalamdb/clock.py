@@ -80,3 +80,27 @@ def ulid(clock: Clock) -> str:
     """A ULID (github.com/ulid/spec): 26 characters, 48 bits of time and 80 of randomness."""
     value = clock.now_ms() << 80 | int.from_bytes(clock.random_bytes(10), "big")
     return "".join(_CROCKFORD[value >> shift & 31] for shift in range(125, -5, -5))
+
+
+class Ulids:
+    """ULIDs that rise: those of one millisecond count up, as the specification has it. Thread-safe."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._last = ""
+
+    def next(self) -> str:
+        """A fresh ULID, larger than those before."""
+        with self._lock:
+            found = ulid(self._clock)
+            if found[:10] <= self._last[:10]:
+                found = _after(self._last)
+            self._last = found
+            return found
+
+
+def _after(text: str) -> str:
+    digits = text.rstrip(_CROCKFORD[-1])
+    zeros = _CROCKFORD[0] * (len(text) - len(digits))
+    return digits[:-1] + _CROCKFORD[_CROCKFORD.index(digits[-1]) + 1] + zeros

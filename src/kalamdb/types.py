@@ -48,6 +48,16 @@ class AccessLevel(StrEnum):
     DBA = "dba"
 
 
+class ChangeType(StrEnum):
+    """What happened to a row."""
+
+    SNAPSHOT = "snapshot"
+    """Nothing: it was there when the subscription began."""
+    INSERT = "insert"
+    UPDATE = "update"
+    DELETE = "delete"
+
+
 class RowFlags(IntEnum):
     """Flags of one row version."""
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from kalamdb.clock import Clock, ulid
+from kalamdb.clock import Clock, Ulids
 from kalamdb.errors import Conflict, Denied, InvalidRequest, NotFound
 from kalamdb.passwords import Passwords
 from kalamdb.storage import (
@@ -113,6 +113,7 @@ class Users:
     def __init__(self, backend: StorageBackend, clock: Clock, passwords: Passwords) -> None:
         self._backend = backend
         self._clock = clock
+        self._audit_ids = Ulids(clock)
         self.passwords = passwords
         self._gone: frozenset[str] = frozenset()
         self._user_by_subject: dict[OAuthSubject, str] = {}
@@ -354,7 +355,7 @@ class Users:
 
     def _audit_row(self, actor: Actor, action: str, user_id: str, details: str | None) -> AuditRow:
         return AuditRow(
-            audit_id=ulid(self._clock),
+            audit_id=self._audit_ids.next(),
             timestamp=self._clock.now_ms(),
             actor_user_id=actor.user_id,
             action=action,

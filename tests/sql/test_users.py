@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 import kalamdb
+from kalamdb.clock import Ulids
 from kalamdb.database import Database
+from kalamdb.testing.clock import SimulatedClock
 
 QUIET: dict[str, Any] = {"flush.scheduler_enabled": False, "compaction.enabled": False, "auth.bcrypt_cost": 4}
 
@@ -166,3 +168,9 @@ def test_users_and_the_audit_log_survive_reopening(tmp_path: Path) -> None:
         assert (users(db), actions(db)) == before
         with pytest.raises(kalamdb.Denied):
             db.execute("SELECT 1", user="anna")
+
+
+def test_entries_of_the_audit_log_sort_as_they_were_made() -> None:
+    ids = Ulids(SimulatedClock())
+    made = [ids.next() for _ in range(5000)]
+    assert made == sorted(set(made)) and {len(one) for one in made} == {26}

@@ -7,6 +7,7 @@ from kalamdb.client.awaitable import AsyncClient
 from kalamdb.client.awaitable_live import AsyncLiveQuery
 from kalamdb.client.blocking import Client
 from kalamdb.client.blocking_live import LiveQuery
-from kalamdb.client.live import Change, ChangeType
+from kalamdb.client.live import Change
+from kalamdb.types import ChangeType
 
 __all__ = ["AsyncClient", "AsyncLiveQuery", "Change", "ChangeType", "Client", "LiveQuery"]

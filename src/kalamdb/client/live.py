@@ -9,7 +9,6 @@ from __future__ import annotations
 import gzip
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import Any
 
 import msgspec
@@ -25,6 +24,7 @@ from kalamdb.errors import (
     Unauthenticated,
     Unavailable,
 )
+from kalamdb.types import ChangeType
 
 PING_INTERVAL_S = 5.0
 RECONNECT_MAX_S = 30.0
@@ -36,16 +36,6 @@ _ERRORS: Mapping[str, type[KalamDbError]] = {
     "UNAUTHORIZED": Denied, "NOT_FOUND": NotFound, "SUBSCRIPTION_LIMIT_EXCEEDED": LimitExceeded,
     "MESSAGE_TOO_LARGE": LimitExceeded, "CLOSED": Closed,
 }  # fmt: skip
-
-
-class ChangeType(StrEnum):
-    """What happened to a row."""
-
-    SNAPSHOT = "snapshot"
-    """Nothing: it was there when the live query began."""
-    INSERT = "insert"
-    UPDATE = "update"
-    DELETE = "delete"
 
 
 @dataclass(frozen=True, slots=True)

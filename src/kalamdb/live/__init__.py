@@ -7,12 +7,13 @@ database. Nothing is handed out before it is durable, and each change once, in c
 from __future__ import annotations
 
 from kalamdb.live.admin import LiveAdmin, live_options, live_table
-from kalamdb.live.changes import Change, ChangeType, Field, Values
+from kalamdb.live.changes import Change, Field, Values
 from kalamdb.live.iterator import Subscription, call_back
 from kalamdb.live.queries import LiveLimits, LiveQueries, code_of
 from kalamdb.live.reading import LiveReader
 from kalamdb.live.statement import LiveSelect, parse_live
 from kalamdb.live.subscription import Batch, LiveCode, LiveOptions, LiveRequest, LiveSink, LiveSubscription
+from kalamdb.types import ChangeType
 
 __all__ = [
     "Batch",

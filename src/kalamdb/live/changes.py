@@ -4,30 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any, TypeVar, cast
 
 from kalamdb.live.filters import Filter, Test, columns_of, compile_filter, equality
 from kalamdb.schema import DataType, TypeName
 from kalamdb.tables.codec import Stored, ValueCodec, codec_of
 from kalamdb.tables.layout import Layout, Row
-from kalamdb.types import Seq
+from kalamdb.types import ChangeType, Seq
 
 T = TypeVar("T")
 
 SEQ_NAME, DELETED_NAME = "_seq", "_deleted"
 _CHANGE_BYTES = 300
 _VALUE_BYTES = 40
-
-
-class ChangeType(StrEnum):
-    """What happened to a row."""
-
-    SNAPSHOT = "snapshot"
-    """Nothing: it was there when the subscription began."""
-    INSERT = "insert"
-    UPDATE = "update"
-    DELETE = "delete"
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from kalamdb.catalog import CatalogEntry
 from kalamdb.clock import seq_to_ms
-from kalamdb.live.changes import SEQ_NAME, Change, ChangeType, Shape
+from kalamdb.live.changes import SEQ_NAME, Change, Shape
 from kalamdb.live.filters import Always, sql
 from kalamdb.sql.caller import Caller
 from kalamdb.sql.engine import TableSource
@@ -19,7 +19,7 @@ from kalamdb.storage import Commit, RecordKind, record_prefix
 from kalamdb.tables.codec import Stored
 from kalamdb.tables.read import scan_plan
 from kalamdb.tables.store import ReadPoint, TableStore
-from kalamdb.types import Seq, TableKind, TableUid
+from kalamdb.types import ChangeType, Seq, TableKind, TableUid
 
 _BLOCK_BYTES_MAX = 256 << 20
 

@@ -9,11 +9,11 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Protocol
 
 from kalamdb.errors import Closed, InvalidRequest
-from kalamdb.live.changes import Change, ChangeType, Field
+from kalamdb.live.changes import Change, Field
 from kalamdb.live.groups import Group, LiveTable
 from kalamdb.live.reading import Block, Wanted
 from kalamdb.sql.caller import Caller, Params
-from kalamdb.types import Seq
+from kalamdb.types import ChangeType, Seq
 
 if TYPE_CHECKING:
     from kalamdb.live.queries import LiveQueries

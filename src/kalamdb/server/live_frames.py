@@ -16,8 +16,9 @@ from typing import Any
 
 import msgspec
 
-from kalamdb.live.changes import Change, ChangeType, Values
+from kalamdb.live.changes import Change, Values
 from kalamdb.server.encode import row_encoder
+from kalamdb.types import ChangeType
 
 PACKED_BYTES_MIN = 512
 """Shorter payloads are sent as they are."""
